@@ -1,0 +1,14 @@
+// Marks functions that both host compilers and nvcc compile, and keeps each compilation's copies apart.
+#pragma once
+
+#ifdef __CUDACC__
+#define FL_INLINE __host__ __device__ __forceinline__
+#else
+#define FL_INLINE inline __attribute__((always_inline))
+#endif
+
+// The same templates are compiled several times with different instruction sets. Without a namespace
+// of its own for each, the linker would merge equal names and could pick code the processor lacks.
+#ifndef FASTLAYERS_ISA
+#define FASTLAYERS_ISA portable
+#endif

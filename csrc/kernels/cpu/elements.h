@@ -1,0 +1,119 @@
+// What the kernels do with one vector of elements, whatever the layout: the fused forward and backward arithmetic.
+#pragma once
+
+#include <cmath>
+
+#include "../common/batch_norm.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace fastlayers {
+inline namespace FASTLAYERS_ISA {
+
+template <class P>
+FL_INLINE P* advance(P* p, std::int64_t n) {
+  return p ? p + n : nullptr;
+}
+
+// The per-channel numbers that turn x into z = (x - mean) * scale + shift, for one vector of elements.
+template <class V>
+struct Affine {
+  V mean, scale, shift;
+};
+
+template <class S>
+FL_INLINE Mask<S> all_kept() {
+  return Mask<S>{} == Mask<S>{};
+}
+
+// Where the elements of one run (a plane or a row) are, from its start on. Null pointers stand for what is not given.
+template <class T>
+struct ForwardRun {
+  const T* input;
+  const T* residual;
+  T* output;
+  std::uint8_t* flat_bits;
+};
+
+template <class T>
+struct BackwardRun {
+  const T* grad_output;
+  const T* input;
+  const T* residual;
+  const std::uint8_t* flat_bits;
+};
+
+template <class T, class Act>
+struct FusedElements {
+  using S = Compute<T>;
+  using V = Vec<S>;
+
+  Act activation;
+  V keep_scale;
+
+  // act(normalised + residual), dropped or scaled, at position i of the run.
+  template <class Lanes>
+  FL_INLINE void forward(const ForwardRun<T>& run, std::int64_t i, const Affine<V>& k, Mask<S> kept,
+                         Lanes lanes) const {
+    V z = normalize(load(run.input + i, lanes), k.mean, k.scale, k.shift);
+    if (run.residual) z = z + load(run.residual + i, lanes);
+    if constexpr (Act::two_valued)
+      if (run.flat_bits) store_mask_bits(run.flat_bits + i / 8, activation.flat(z), lanes);
+    store(run.output + i, kept ? activation.value(z) * keep_scale : V{}, lanes);
+  }
+
+  // The gradient of the value that goes into the activation.
+  template <class Lanes>
+  FL_INLINE V backward(const BackwardRun<T>& run, std::int64_t i, V x, const Affine<V>& k, Mask<S> kept,
+                       Lanes lanes) const {
+    const V g = load(run.grad_output + i, lanes) * keep_scale;
+    if constexpr (Act::two_valued) {
+      if (run.flat_bits) {
+        const Mask<S> flat = load_mask_bits<S>(run.flat_bits + i / 8, lanes);
+        return kept ? activation.gradient_if(g, flat) : V{};
+      }
+    }
+    V z = normalize(x, k.mean, k.scale, k.shift);
+    if (run.residual) z = z + load(run.residual + i, lanes);
+    return kept ? activation.gradient(g, z) : V{};
+  }
+};
+
+// The two sums over a channel that its gradients need, of z's gradient and of that times x's deviation from the mean.
+struct GradientSums {
+  double grad = 0, grad_deviation = 0;
+
+  FL_INLINE void add(const GradientSums& other) {
+    grad += other.grad;
+    grad_deviation += other.grad_deviation;
+  }
+};
+
+// Turns a channel's moments into what is kept of them.
+template <class S>
+void finish_statistics(const ForwardArgs& args, std::int64_t c, const Moments& m) {
+  const double variance = m.squares / m.count;
+  static_cast<S*>(args.mean)[c] = static_cast<S>(m.mean);
+  static_cast<S*>(args.invstd)[c] = static_cast<S>(1 / std::sqrt(variance + args.eps));
+  args.variance[c] = variance;
+}
+
+FL_INLINE bool needs_sums(const BackwardArgs& args) { return args.training || args.grad_weight || args.grad_bias; }
+
+// Stores a channel's parameter gradients and returns what its input gradient needs.
+template <class S>
+InputGradient finish_sums(const BackwardArgs& args, std::int64_t c, const GradientSums& total) {
+  const double invstd = static_cast<const S*>(args.invstd)[c];
+  if (args.grad_weight) args.grad_weight[c] = total.grad_deviation * invstd;
+  if (args.grad_bias) args.grad_bias[c] = total.grad;
+  if (!args.training) return {};
+  const double scale = normalize_scale<double>(static_cast<const S*>(args.weight)[c], invstd);
+  const auto count = static_cast<double>(args.geometry.row_count());
+  return InputGradient::training(scale, invstd, count, total.grad, total.grad_deviation);
+}
+
+// float sums are exact enough over this many additions; then they are carried over to double.
+inline constexpr std::int64_t kFloatAdditions = 64;
+
+}  // namespace FASTLAYERS_ISA
+}  // namespace fastlayers

@@ -1,0 +1,106 @@
+// What the CPU kernels offer to whoever binds them. Knows nothing of torch.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dtypes.h"
+
+namespace fastlayers {
+
+enum class Activation : std::int64_t;
+
+// Where a tensor's elements lie. A tensor of N samples, C channels and S positions each is either
+//   planes  the S positions of one sample and channel are adjacent (contiguous tensors), or
+//   rows    the C channels of one sample and position are adjacent (channels_last tensors, and (N, C));
+//           then there are N * S rows at one distance from each other.
+struct Geometry {
+  bool rows = false;
+  std::int64_t batch = 0, channels = 0, spatial = 0;
+
+  std::int64_t row_count() const { return batch * spatial; }
+  // A bit mask starts each plane or row at a byte of its own, so that no two threads write one byte.
+  std::int64_t mask_stride() const { return ((rows ? channels : spatial) + 7) / 8; }
+  std::int64_t mask_bytes() const { return (rows ? row_count() : batch * channels) * mask_stride(); }
+};
+
+// Strides count elements. For planes `outer` leads to the next sample and `inner` to the next channel; for rows
+// `outer` leads to the next row.
+template <class Pointer>
+struct Strided {
+  Pointer data = nullptr;
+  std::int64_t outer = 0, inner = 0;
+};
+using Source = Strided<const void*>;
+using Target = Strided<void*>;
+
+struct ActivationSpec {
+  Activation kind{};
+  const double* params = nullptr;
+};
+
+// Which elements dropout keeps: at most one of the two is given. Kept elements are multiplied by `scale`.
+struct Keep {
+  const std::uint8_t* planes = nullptr;  // (batch, channels), 0 or 1
+  const std::uint8_t* bits = nullptr;    // a bit mask over all elements
+  double scale = 1;
+};
+
+// Runs task(context, begin, end) over parts of [0, count), in parallel where a part has at least `grain` items.
+using ParallelFor = void (*)(std::int64_t count, std::int64_t grain, const void* context,
+                             void (*task)(const void* context, std::int64_t begin, std::int64_t end));
+
+// Arrays "of compute type" are float, or double where the tensors are double; their length is the number of channels.
+
+struct ForwardArgs {
+  Geometry geometry;
+  ActivationSpec activation;
+  Keep keep;
+  Source input, residual;  // residual.data may be null
+  Target output;
+  std::uint8_t* flat_bits = nullptr;  // where a two-valued derivative is small, for backward; may be null
+  const void *weight = nullptr, *bias = nullptr;  // compute type
+  void *mean = nullptr, *invstd = nullptr;        // compute type; written in training, read otherwise
+  double* variance = nullptr;                     // biased; written in training
+  bool training = false;
+  double eps = 0;
+  ParallelFor parallel_for = nullptr;
+};
+
+struct BackwardArgs {
+  Geometry geometry;
+  ActivationSpec activation;
+  Keep keep;
+  Source grad_output, input, residual;       // residual.data may be null
+  const std::uint8_t* flat_bits = nullptr;   // instead of the residual, for two-valued derivatives
+  Target grad_input, grad_residual;          // data may be null where not wanted
+  double *grad_weight = nullptr, *grad_bias = nullptr;  // null where not wanted
+  const void *weight = nullptr, *bias = nullptr, *mean = nullptr, *invstd = nullptr;  // compute type
+  bool training = false;
+  ParallelFor parallel_for = nullptr;
+};
+
+// output = keep(input); also its own gradient.
+struct DropoutArgs {
+  Geometry geometry;
+  Keep keep;
+  Source input;
+  Target output;
+  ParallelFor parallel_for = nullptr;
+};
+
+struct Kernels {
+  void (*batch_norm_act_forward)(const ForwardArgs&);
+  void (*batch_norm_act_backward)(const BackwardArgs&);
+  void (*dropout)(const DropoutArgs&);
+};
+
+enum class Capability { baseline, avx2, avx512 };
+
+// The best instruction set that was compiled, that this processor has, and that FASTLAYERS_CPU_CAPABILITY (baseline,
+// avx2 or avx512) allows. Read once; set_capability changes it for tests and returns false where it cannot run.
+Capability capability();
+bool set_capability(Capability);
+
+const Kernels& kernels(Dtype);
+
+}  // namespace fastlayers
