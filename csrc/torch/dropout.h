@@ -1,0 +1,12 @@
+// fastlayers::dropout and the packing of masks on the CPU. library.cpp has their schemas.
+#pragma once
+
+#include "tensors.h"
+
+namespace fastlayers {
+
+Tensor dropout(Tensor input, Tensor mask, double scale);
+Tensor pack_mask(Tensor mask, bool flat);
+Tensor unpack_mask(Tensor bits, Tensor like, bool flat);
+
+}  // namespace fastlayers

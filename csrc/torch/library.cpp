@@ -1,0 +1,59 @@
+// The schemas of the operators and what implements them on each device. Their meaning: fastlayers/reference.py; their
+// fake versions: fastlayers/ops.py.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "batch_norm_act.h"
+#include "dropout.h"
+
+namespace fastlayers {
+namespace {
+
+constexpr const char* kCapabilityNames[] = {"baseline", "avx2", "avx512"};
+
+std::string cpu_capability() { return kCapabilityNames[static_cast<int>(capability())]; }
+
+void set_cpu_capability(std::string name) {
+  for (int i = 0; i < 3; ++i) {
+    if (name != kCapabilityNames[i]) continue;
+    STD_TORCH_CHECK(set_capability(static_cast<Capability>(i)), "cpu capability ", name,
+                    " was not compiled or is not offered by this processor");
+    return;
+  }
+  STD_TORCH_CHECK(false, "cpu capability should be baseline, avx2 or avx512, not ", name);
+}
+
+}  // namespace
+}  // namespace fastlayers
+
+STABLE_TORCH_LIBRARY(fastlayers, m) {
+  m.def(
+      "batch_norm_act_fwd(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, "
+      "float? momentum, float eps, int activation, float[] activation_params, float drop_scale, bool save_flat_bits) "
+      "-> (Tensor output, Tensor mean, Tensor invstd, Tensor flat_bits)");
+  m.def(
+      "batch_norm_act_bwd(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "Tensor? flat_bits, Tensor? mask, Tensor mean, Tensor invstd, bool training, int activation, "
+      "float[] activation_params, float drop_scale, bool input_grad, bool affine_grad, bool residual_grad) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+  m.def("dropout(Tensor input, Tensor mask, float scale) -> Tensor");
+  m.def("pack_mask(Tensor mask, bool flat) -> Tensor");
+  m.def("unpack_mask(Tensor bits, Tensor like, bool flat) -> Tensor");
+  m.def("cpu_capability() -> str");
+  m.def("set_cpu_capability(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlayers, CPU, m) {
+  m.impl("batch_norm_act_fwd", TORCH_BOX(&fastlayers::batch_norm_act_fwd));
+  m.impl("batch_norm_act_bwd", TORCH_BOX(&fastlayers::batch_norm_act_bwd));
+  m.impl("dropout", TORCH_BOX(&fastlayers::dropout));
+  m.impl("pack_mask", TORCH_BOX(&fastlayers::pack_mask));
+  m.impl("unpack_mask", TORCH_BOX(&fastlayers::unpack_mask));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlayers, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&fastlayers::cpu_capability));
+  m.impl("set_cpu_capability", TORCH_BOX(&fastlayers::set_cpu_capability));
+}

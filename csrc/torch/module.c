@@ -1,0 +1,7 @@
+// An empty Python module on the limited API: importing it loads this library, and with it registers the operators.
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", 0, -1, 0};
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module); }

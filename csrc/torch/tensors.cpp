@@ -1,0 +1,197 @@
+// Tensors of torch's stable ABI as the kernels see them: storage types, layouts, allocation, per-channel arrays.
+#include "tensors.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace fastlayers {
+namespace {
+
+using Sizes = std::vector<std::int64_t>;
+
+// The stride with which dims [begin, end) are walked as one, or nothing if they cannot be. 1 where they hold one element.
+std::optional<std::int64_t> merged_stride(const Sizes& sizes, const Sizes& strides) {
+  std::int64_t stride = 1, extent = 1;
+  bool found = false;
+  for (std::size_t d = sizes.size(); d-- > 0;) {
+    if (sizes[d] == 1) continue;
+    if (!found) stride = strides[d];
+    else if (strides[d] != stride * extent) return std::nullopt;
+    found = true;
+    extent *= sizes[d];
+  }
+  return stride;
+}
+
+Sizes dims_after(torch::headeronly::IntHeaderOnlyArrayRef all, std::int64_t first) {
+  return {all.begin() + first, all.end()};
+}
+
+Sizes without_channels(torch::headeronly::IntHeaderOnlyArrayRef all) {
+  Sizes dims = dims_after(all, 2);
+  dims.insert(dims.begin(), all[0]);
+  return dims;
+}
+
+std::int64_t product(const Sizes& sizes) {
+  std::int64_t p = 1;
+  for (std::int64_t s : sizes) p *= s;
+  return p;
+}
+
+std::optional<View> view_as(const Geometry& g, const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  if (g.rows) {
+    const auto outer = merged_stride(without_channels(sizes), without_channels(strides));
+    if (outer && (g.channels == 1 || strides[1] == 1)) return View{t, *outer, 1};
+    return std::nullopt;
+  }
+  const auto inner = merged_stride(dims_after(sizes, 2), dims_after(strides, 2));
+  if (inner && *inner == 1) return View{t, strides[0], strides[1]};
+  return std::nullopt;
+}
+
+Tensor empty_in_layout(const Geometry& g, const Tensor& like) {
+  const auto sizes = like.sizes();
+  Sizes strides(sizes.size());
+  std::int64_t stride = g.rows ? g.channels : 1;
+  for (std::size_t d = sizes.size(); d-- > 2;) {
+    strides[d] = stride;
+    stride *= sizes[d];
+  }
+  strides[1] = g.rows ? 1 : g.spatial;
+  strides[0] = g.channels * g.spatial;
+  return empty_strided(like, {sizes.begin(), sizes.end()}, strides, like.scalar_type());
+}
+
+bool is_dense(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  std::vector<std::pair<std::int64_t, std::int64_t>> dims;
+  for (std::size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1) dims.emplace_back(strides[d], sizes[d]);
+  std::sort(dims.begin(), dims.end());
+  std::int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+}  // namespace
+
+Dtype storage_dtype(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Double: return Dtype::f64;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default:
+      STD_TORCH_CHECK(false, "fastlayers: input has a dtype that the kernels do not take; allowed: float32, float64, "
+                             "bfloat16, float16");
+  }
+}
+
+Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
+  std::int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype)), device_type,
+      like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_vector(const Tensor& like, std::int64_t size, ScalarType dtype) {
+  return empty_strided(like, {size}, {1}, dtype);
+}
+
+Geometry geometry_of(const Tensor& dense) {
+  const auto sizes = dense.sizes();
+  Geometry g;
+  g.batch = sizes[0];
+  g.channels = sizes[1];
+  g.spatial = product(dims_after(sizes, 2));
+  g.rows = g.spatial == 1 || (g.channels > 1 && dense.stride(1) == 1);
+  return g;
+}
+
+Geometry flat_geometry(const Tensor& t) { return {false, 1, 1, t.numel()}; }
+
+View as_source(const Geometry& g, const Tensor& t) {
+  if (auto view = view_as(g, t)) return *view;
+  Tensor copy = empty_in_layout(g, t);
+  torch::stable::copy_(copy, t);
+  return *view_as(g, copy);
+}
+
+Source optional_source(std::optional<View>& holder, const Geometry& g, const OptionalTensor& t) {
+  if (!t) return {};
+  holder = as_source(g, *t);
+  return holder->source();
+}
+
+Tensor dense(const Tensor& t) {
+  if (is_dense(t)) return t;
+  Tensor copy = torch::stable::empty_like(t);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+Output::Output(const Geometry& g, Tensor result) : result_(result), copied_(false) {
+  if (auto view = view_as(g, result)) {
+    view_ = *view;
+    return;
+  }
+  view_ = *view_as(g, empty_in_layout(g, result));
+  copied_ = true;
+}
+
+Tensor Output::finish() {
+  if (copied_) torch::stable::copy_(result_, view_.tensor);
+  return result_;
+}
+
+void torch_parallel_for(std::int64_t count, std::int64_t grain, const void* context,
+                        void (*task)(const void* context, std::int64_t begin, std::int64_t end)) {
+  torch::stable::parallel_for(0, count, grain,
+                              [=](std::int64_t begin, std::int64_t end) { task(context, begin, end); });
+}
+
+void check_channel_vector(const char* name, const OptionalTensor& t, std::int64_t channels) {
+  if (!t) return;
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, name, " should contain ", channels, " elements not ",
+                  t->numel());
+  STD_TORCH_CHECK(t->is_cpu(), name, " should be on the input's device, the CPU");
+}
+
+void check_full_size(const char* name, const Tensor& t, const Tensor& input) {
+  bool same = t.dim() == input.dim();
+  for (std::int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == input.size(d);
+  STD_TORCH_CHECK(same, name, " should have the shape of input");
+  STD_TORCH_CHECK(t.scalar_type() == input.scalar_type(), name, " should have the dtype of input");
+  STD_TORCH_CHECK(t.is_cpu(), name, " should be on the input's device, the CPU");
+}
+
+Keep keep_of(const Geometry& g, const OptionalTensor& mask, double scale) {
+  Keep keep;
+  if (!mask) return keep;
+  keep.scale = scale;
+  const auto* data = static_cast<const std::uint8_t*>(mask->const_data_ptr());
+  STD_TORCH_CHECK(mask->is_cpu() && mask->is_contiguous(), "mask should be contiguous and on the CPU");
+  if (mask->scalar_type() == ScalarType::Bool) {
+    STD_TORCH_CHECK(mask->numel() == g.batch * g.channels, "mask of channels should have ", g.batch * g.channels,
+                    " elements, not ", mask->numel());
+    keep.planes = data;
+  } else {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Byte && mask->numel() == g.mask_bytes(),
+                    "mask of elements should be ", g.mask_bytes(), " bytes of uint8, not ", mask->numel());
+    keep.bits = data;
+  }
+  return keep;
+}
+
+}  // namespace fastlayers

@@ -1,0 +1,122 @@
+// Tensors of torch's stable ABI as the kernels see them: storage types, layouts, allocation, per-channel arrays.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "../kernels/cpu/kernels.h"
+
+namespace fastlayers {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Dtype storage_dtype(const Tensor& t);
+inline bool computes_in_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
+inline ScalarType compute_dtype(const Tensor& t) { return computes_in_double(t) ? ScalarType::Double : ScalarType::Float; }
+
+// Uninitialised, on the device of `like`.
+Tensor empty_strided(const Tensor& like, const std::vector<std::int64_t>& sizes,
+                     const std::vector<std::int64_t>& strides, ScalarType dtype);
+Tensor empty_vector(const Tensor& like, std::int64_t size, ScalarType dtype);
+
+// A full-size tensor in a layout that kernels take, and its strides in that layout.
+struct View {
+  Tensor tensor;
+  std::int64_t outer = 0, inner = 0;
+
+  Source source() const { return {tensor.const_data_ptr(), outer, inner}; }
+  Target target() const { return {tensor.mutable_data_ptr(), outer, inner}; }
+};
+
+// The layout of torch.empty_like(t): rows where channels end up adjacent, planes otherwise. fastlayers/ops.py has the
+// same rule for the fake tensors' sizes of bit masks.
+Geometry geometry_of(const Tensor& dense);
+// All elements as one plane, in the order of memory.
+Geometry flat_geometry(const Tensor& t);
+
+// `t` itself where its strides allow it, else a copy.
+View as_source(const Geometry& g, const Tensor& t);
+// The same for a tensor that may be missing; `holder` keeps the copy alive.
+Source optional_source(std::optional<View>& holder, const Geometry& g, const OptionalTensor& t);
+// `t` itself if its elements fill its memory without gaps or overlaps, else a copy that does.
+Tensor dense(const Tensor& t);
+
+// Room to write a result that is to end up in `result`: the tensor itself, or, where its strides do not fit the layout,
+// another one that finish() copies over.
+class Output {
+ public:
+  Output(const Geometry& g, Tensor result);
+  Target target() const { return view_.target(); }
+  Tensor finish();
+
+ private:
+  Tensor result_;
+  View view_;
+  bool copied_;
+};
+
+// A per-channel parameter as an array of the compute type: in place where it is one already, else converted;
+// `missing` in every place where there is none.
+template <class S>
+class ChannelInput {
+ public:
+  ChannelInput(const OptionalTensor& t, std::int64_t channels, double missing);
+  const S* data() const { return data_; }
+
+ private:
+  std::vector<S> converted_;
+  const S* data_;
+};
+
+// Calls f with a value of the C++ type of a floating dtype.
+template <class F>
+void with_dtype(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
+    case ScalarType::Half: return f(torch::headeronly::Half{});
+    default: STD_TORCH_CHECK(false, "expected a float32, float64, bfloat16 or float16 tensor");
+  }
+}
+
+template <class S>
+ChannelInput<S>::ChannelInput(const OptionalTensor& t, std::int64_t channels, double missing) {
+  constexpr ScalarType own = sizeof(S) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
+  if (t && t->scalar_type() == own && (channels <= 1 || t->stride(0) == 1)) {
+    data_ = static_cast<const S*>(t->const_data_ptr());
+    return;
+  }
+  converted_.assign(static_cast<std::size_t>(channels), static_cast<S>(missing));
+  data_ = converted_.data();
+  if (!t) return;
+  const std::int64_t stride = t->stride(0);
+  with_dtype(t->scalar_type(), [&](auto element) {
+    const auto* from = static_cast<const decltype(element)*>(t->const_data_ptr());
+    for (std::int64_t c = 0; c < channels; ++c) converted_[static_cast<std::size_t>(c)] = static_cast<S>(from[c * stride]);
+  });
+}
+
+// Runs the kernels' loops on torch's threads.
+void torch_parallel_for(std::int64_t count, std::int64_t grain, const void* context,
+                        void (*task)(const void* context, std::int64_t begin, std::int64_t end));
+
+void check_channel_vector(const char* name, const OptionalTensor& t, std::int64_t channels);
+void check_full_size(const char* name, const Tensor& t, const Tensor& input);
+void check_same_device(const char* name, const OptionalTensor& t, const Tensor& input);
+
+// What a dropout mask tensor means: none, one bool per sample and channel, or a packed bit per element (uint8).
+Keep keep_of(const Geometry& g, const OptionalTensor& mask, double scale);
+
+}  // namespace fastlayers
