@@ -1,0 +1,82 @@
+"""Calls CMake on this checkout, for setup.py and for the tests that need C++ built."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from target_torch import find_torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# One folder for every kind of build: the kernels, which take the time, are then compiled only once.
+BUILD_DIR = ROOT / "build" / "cmake"
+# CMake reads these once, when it first looks for compilers.
+_COMPILER_VARIABLES = ("CC", "CFLAGS", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDA_HOME")
+
+
+def build(target: str, **options: str) -> Path:
+    """Configure with `options` (CMake cache entries), build `target`, return the build folder.
+
+    From the environment come MAX_JOBS, DEBUG=1, FASTLAYERS_CUDA (auto, 0 or 1),
+    TORCH_CUDA_ARCH_LIST and what CMake itself reads, such as CXX.
+    Exits with a message, not a traceback, when CMake fails: CMake has printed why.
+    """
+    _configure(options)
+    _run("--build", str(BUILD_DIR), "--target", target, "--parallel", str(_jobs()))
+    return BUILD_DIR
+
+
+def install(target: str, destination: Path) -> None:
+    """Build `target` and copy its files, the install component of that name, to `destination`."""
+    folder = build(target)
+    _run("--install", str(folder), "--component", target, "--prefix", str(destination))
+
+
+def _configure(options: dict[str, str]) -> None:
+    stamp = BUILD_DIR / "environment.txt"
+    environment = repr([sys.executable, *map(os.environ.get, _COMPILER_VARIABLES)])
+    if not stamp.exists() or stamp.read_text() != environment:
+        shutil.rmtree(BUILD_DIR, ignore_errors=True)
+    # Gone until CMake succeeds: a cache that remembers a missing compiler must not be used again.
+    stamp.unlink(missing_ok=True)
+    definitions = [f"-D{name}={value}" for name, value in (_settings() | options).items()]
+    _run("-S", str(ROOT), "-B", str(BUILD_DIR), "-G", "Ninja", *definitions)
+    stamp.write_text(environment)
+
+
+def _settings() -> dict[str, str]:
+    torch = find_torch()
+    if torch is None:
+        raise SystemExit('fastlayers is built against torch: pip install "torch>=2.11" first')
+    return {
+        "CMAKE_BUILD_TYPE": "Debug" if os.environ.get("DEBUG") == "1" else "Release",
+        # Named at each call: pip puts ninja into a folder that is gone after the build.
+        "CMAKE_MAKE_PROGRAM": _program("ninja"),
+        "Python_EXECUTABLE": sys.executable,
+        "FASTLAYERS_TORCH_ROOT": str(torch),
+        "FASTLAYERS_CUDA": os.environ.get("FASTLAYERS_CUDA", "auto"),
+        "FASTLAYERS_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
+    }
+
+
+def _jobs() -> int:
+    value = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    if not value.isdecimal() or int(value) == 0:
+        raise SystemExit(f"MAX_JOBS={value!r}: a positive number of parallel compilations is allowed")
+    return int(value)
+
+
+def _run(*arguments: str) -> None:
+    if subprocess.run([_program("cmake"), *arguments]).returncode:
+        raise SystemExit("fastlayers could not be built: the lines above say why.")
+
+
+def _program(name: str) -> str:
+    # The scripts folder too: a virtual environment need not be activated to be used.
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise SystemExit(f"fastlayers is built with CMake and ninja; {name} is missing: pip install {name}")
+    return found

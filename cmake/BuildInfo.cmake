@@ -1,0 +1,13 @@
+# Writes build_info.json, by which the installed package knows how it was built.
+
+function(json_array result)
+  list(JOIN ARGN "\", \"" joined)
+  if(NOT joined STREQUAL "")
+    set(joined "\"${joined}\"")
+  endif()
+  set(${result} "[${joined}]" PARENT_SCOPE)
+endfunction()
+
+json_array(isas ${FASTLAYERS_ISAS})
+json_array(cuda_archs ${FASTLAYERS_CUDA_ARCHS})
+configure_file(cmake/build_info.json.in build_info.json @ONLY)

@@ -1,0 +1,45 @@
+# The CPU kernels: one source, compiled once per instruction set and storage type.
+
+if(NOT FASTLAYERS_ISAS)
+  set(FASTLAYERS_ISAS baseline)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+    list(PREPEND FASTLAYERS_ISAS avx512 avx2)
+  endif()
+endif()
+
+set(isa_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c)
+set(isa_flags_avx2 -mavx2 -mfma -mf16c)
+set(isa_flags_baseline)
+
+set(kernel_flags
+  ${FASTLAYERS_WARNINGS}
+  # Each of these forbids vectorising or contracting something, for errno and traps that nobody reads.
+  -fno-math-errno -fno-trapping-math -ffp-contract=fast
+  # The kernels never pass vectors between files that were compiled for different instruction sets.
+  -Wno-psabi
+  # Activation and dropout are switches inside the loops: a copy of each loop per case would take
+  # minutes to compile. clang does not have this flag.
+  $<$<CXX_COMPILER_ID:GNU>:-fno-unswitch-loops>)
+
+# fastlayers_add_cpu_kernels(<target> <isa>...): a static library of the kernels for these instruction sets, one of which
+# has to be `baseline`, and of what surrounds them, such as the dispatcher that chooses among them at run time.
+function(fastlayers_add_cpu_kernels target)
+  set(folder "${PROJECT_SOURCE_DIR}/csrc/kernels/cpu")
+  file(GLOB common_sources CONFIGURE_DEPENDS "${folder}/*.cpp")
+  list(REMOVE_ITEM common_sources "${folder}/isa_kernels.cpp")
+  add_library(${target} STATIC ${common_sources})
+  target_compile_options(${target} PRIVATE ${FASTLAYERS_WARNINGS})
+  foreach(isa IN LISTS ARGN)
+    string(TOUPPER ${isa} upper)
+    target_compile_definitions(${target} PRIVATE FASTLAYERS_HAVE_${upper}=1)
+    foreach(storage f32 f64 bf16 f16)
+      set(object ${target}_${isa}_${storage})
+      add_library(${object} OBJECT "${folder}/isa_kernels.cpp")
+      target_compile_definitions(${object} PRIVATE FASTLAYERS_ISA=${isa} FASTLAYERS_STORAGE=${storage})
+      target_compile_options(${object} PRIVATE ${kernel_flags} ${isa_flags_${isa}})
+      target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)
+    endforeach()
+  endforeach()
+endfunction()
+
+fastlayers_add_cpu_kernels(fastlayers_cpu ${FASTLAYERS_ISAS})
