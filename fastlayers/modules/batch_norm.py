@@ -1,0 +1,93 @@
+"""Drop-in BatchNorm1d, 2d and 3d."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastlayers import functional
+from fastlayers.activations import IDENTITY, Activation
+
+
+class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What `torch.nn.BatchNorm*` do, by the fused kernels. Keeps nothing between calls but torch's five state entries."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        # torch has the argument since 2.13 only.
+        if not bias:
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _fused(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        act: Activation = IDENTITY,
+        drop_p: float = 0.0,
+        drop_mode: str = "channel",
+    ) -> Tensor:
+        self._check_input_dim(input)
+        # As in torch: statistics of the batch also where there are no running ones, but then nothing is dropped in
+        # evaluation mode.
+        own = self.running_mean is None and self.running_var is None
+        update = self.training and self.track_running_stats
+        use_running = update or not self.training
+        return functional.batch_norm_act(
+            input,
+            self.running_mean if use_running else None,
+            self.running_var if use_running else None,
+            self.weight,
+            self.bias,
+            self.training or own,
+            self.momentum,
+            self.eps,
+            residual=residual,
+            act=act,
+            drop_p=drop_p if self.training else 0.0,
+            drop_mode=drop_mode,
+            num_batches_tracked=self.num_batches_tracked if update else None,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._fused(input)
+
+
+class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` with the same arguments, state and results, faster.
+
+    Input and output: (N, C) or (N, C, L); float32, float64, bfloat16 or float16, with parameters of the same dtype, or
+    float32 for the 16-bit ones.
+    """
+
+
+class BatchNorm2d(_FusedBatchNorm, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` with the same arguments, state and results, faster.
+
+    Input and output: (N, C, H, W), contiguous or channels_last; dtypes as for `BatchNorm1d`.
+    """
+
+
+class BatchNorm3d(_FusedBatchNorm, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` with the same arguments, state and results, faster.
+
+    Input and output: (N, C, D, H, W), contiguous or channels_last_3d; dtypes as for `BatchNorm1d`.
+    """
+

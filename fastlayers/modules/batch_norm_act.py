@@ -1,0 +1,117 @@
+"""BatchNorm with residual add, activation and dropout, as one layer that runs one kernel each way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastlayers import activations, checks
+from fastlayers.activations import ActLayer
+from fastlayers.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _FusedBatchNorm
+from fastlayers.modules.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
+
+DropLayer = type[nn.Module] | nn.Module | None
+
+_DROP_MODES: dict[type[nn.Module], str] = {
+    nn.Dropout: "element",
+    Dropout: "element",
+    nn.Dropout1d: "channel",
+    Dropout1d: "channel",
+    nn.Dropout2d: "channel",
+    Dropout2d: "channel",
+    nn.Dropout3d: "channel",
+    Dropout3d: "channel",
+}
+
+
+class _BatchNormAct(_FusedBatchNorm):
+    """``dropout(act(batch_norm(input) + residual))``. Constructor names are timm's, then this library's own.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats: as in `torch.nn.BatchNorm2d`.
+        apply_act: False leaves the activation out.
+        act_layer: the activation: a name, an ``nn`` class or a module (`fastlayers.activations.NAMES`); None is identity.
+        act_kwargs: its parameters, for a name or a class.
+        inplace: accepted because timm has it; the fused kernel keeps no intermediate that it could overwrite, so there
+            is nothing to do in place.
+        drop_layer: one of torch's or this library's dropouts, as a class (p = 0.5) or a module, read for its p and kind
+            and fused.
+        drop_p: the probability of dropping in training, in [0, 1].
+        drop_mode: "channel" (`nn.Dropout2d`) or "element" (`nn.Dropout`).
+        bias: False leaves the bias out, as in torch 2.13.
+        device, dtype: of the parameters and statistics.
+
+    The order is normalise, add, activate, drop. timm drops before the activation, which for ReLU and leaky ReLU is the
+    same. In evaluation mode nothing is dropped. RReLU is fused in evaluation mode only.
+
+    Shapes: `input`, `residual` and the result are of one shape, (N, C, ...), and one dtype.
+
+    Raises:
+        ValueError: an unknown activation or parameter of one, p outside [0, 1], an unknown `drop_mode`, `drop_layer`
+            together with `drop_p` or `drop_mode`, a `drop_layer` that is no dropout of torch's or this library's.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        apply_act: bool = True,
+        act_layer: ActLayer = "relu",
+        act_kwargs: Mapping[str, object] | None = None,
+        inplace: bool = True,
+        drop_layer: DropLayer = None,
+        *,
+        drop_p: float | None = None,
+        drop_mode: str | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        activation = activations.resolve(act_layer, act_kwargs)
+        self.act = activation if apply_act else activations.IDENTITY
+        self.drop_p, self.drop_mode = _dropout_of(drop_layer, drop_p, drop_mode)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        # Not left to functional: without running statistics it is told `training` in evaluation mode too.
+        act = self.act if self.training else self.act.in_evaluation()
+        return self._fused(input, residual, act, self.drop_p, self.drop_mode)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act.name}, drop_p={self.drop_p}, drop_mode={self.drop_mode!r}"
+
+
+def _dropout_of(layer: DropLayer, p: float | None, mode: str | None) -> tuple[float, str]:
+    """The probability and mode that the three arguments for dropout mean together."""
+    if layer is None:
+        probability = 0.0 if p is None else p
+        checks.dropout_probability(probability, "drop_p")
+        checks.drop_mode("channel" if mode is None else mode)
+        return probability, mode or "channel"
+    if p is not None or mode is not None:
+        raise ValueError(
+            f"drop_layer: {layer!r} given together with drop_p={p}, drop_mode={mode!r}; give one or the other"
+        )
+    module = layer() if isinstance(layer, type) else layer
+    kind = _DROP_MODES.get(type(module))
+    if kind is None:
+        allowed = ", ".join(sorted({f"nn.{t.__name__}" for t in _DROP_MODES}))
+        raise ValueError(f"drop_layer: cannot fuse {layer!r}; allowed: {allowed} and fastlayers' own, or drop_p")
+    return float(getattr(module, "p")), kind  # noqa: B009  # nn.Module's attributes are typed Tensor | Module
+
+
+class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
+    __doc__ = _BatchNormAct.__doc__
+
+
+class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
+    __doc__ = _BatchNormAct.__doc__
+
+
+class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
+    __doc__ = _BatchNormAct.__doc__

@@ -1,0 +1,129 @@
+"""The compiled operators, with the shapes that torch.compile needs of them.
+
+The schemas are in csrc/torch/library.cpp. None has autograd: `fastlayers.autograd` wraps them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlayers import _library
+
+_library.load()
+
+_ops = torch.ops.fastlayers
+batch_norm_act_fwd = _ops.batch_norm_act_fwd.default
+batch_norm_act_bwd = _ops.batch_norm_act_bwd.default
+dropout = _ops.dropout.default
+pack_mask = _ops.pack_mask.default
+unpack_mask = _ops.unpack_mask.default
+
+#: Device types that have compiled kernels.
+DEVICES = ("cpu",)
+
+
+def cpu_capability() -> str:
+    """The instruction set that the CPU kernels use: "avx512", "avx2" or "baseline".
+
+    The environment variable FASTLAYERS_CPU_CAPABILITY, read at the first use, lowers it.
+    """
+    capability: str = _ops.cpu_capability()
+    return capability
+
+
+def set_cpu_capability(name: str) -> None:
+    """Changes `cpu_capability`, for tests. Raises RuntimeError where the processor does not offer it."""
+    _ops.set_cpu_capability(name)
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled, how, and against which torch."""
+    return _library.build_info()
+
+
+def _statistics_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _mask_bytes(dense: Tensor) -> int:
+    """Size of a mask of one bit per element: each plane, or each row of channels, starts at a byte of its own.
+
+    The rule for which it is has its other definition in csrc/torch/tensors.cpp, geometry_of."""
+    batch, channels = dense.shape[:2]
+    spatial = 1
+    for size in dense.shape[2:]:
+        spatial = spatial * size
+    rows = spatial == 1 or (channels > 1 and dense.stride(1) == 1)
+    return batch * spatial * ((channels + 7) // 8) if rows else batch * channels * ((spatial + 7) // 8)
+
+
+@torch.library.register_fake("fastlayers::batch_norm_act_fwd")
+def _(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: int,
+    activation_params: list[float],
+    drop_scale: float,
+    save_flat_bits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    output = torch.empty_like(input)
+    mean = input.new_empty(input.shape[1], dtype=_statistics_dtype(input))
+    flat_bits = input.new_empty(_mask_bytes(output) if save_flat_bits else 0, dtype=torch.uint8)
+    return output, mean, torch.empty_like(mean), flat_bits
+
+
+@torch.library.register_fake("fastlayers::batch_norm_act_bwd")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    flat_bits: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    activation: int,
+    activation_params: list[float],
+    drop_scale: float,
+    input_grad: bool,
+    affine_grad: bool,
+    residual_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def full_size(wanted: bool) -> Tensor:
+        return torch.empty_like(input) if wanted else input.new_empty(0)
+
+    def per_channel(parameter: Tensor | None) -> Tensor:
+        if affine_grad and parameter is not None:
+            return torch.empty_like(parameter, memory_format=torch.contiguous_format)
+        return mean.new_empty(0)
+
+    return full_size(input_grad), per_channel(weight), per_channel(bias), full_size(residual_grad)
+
+
+@torch.library.register_fake("fastlayers::dropout")
+def _(input: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(input)
+
+
+@torch.library.register_fake("fastlayers::pack_mask")
+def _(mask: Tensor, flat: bool) -> Tensor:
+    return mask.new_empty((mask.numel() + 7) // 8 if flat else _mask_bytes(torch.empty_like(mask)), dtype=torch.uint8)
+
+
+@torch.library.register_fake("fastlayers::unpack_mask")
+def _(bits: Tensor, like: Tensor, flat: bool) -> Tensor:
+    return torch.empty_like(like, dtype=torch.bool)

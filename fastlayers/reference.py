@@ -1,0 +1,176 @@
+"""What every operation means, as plain PyTorch: the definition that all backends are tested against.
+
+Differentiable any number of times by autograd, on any device that torch knows. Signatures are those of
+`fastlayers.functional`; nothing here is fused or fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlayers import activations, masks
+from fastlayers.activations import ActLayer
+
+
+def per_channel(values: Tensor, input: Tensor) -> Tensor:
+    """`values` (C,) shaped to broadcast over `input` (N, C, ...)."""
+    return values.reshape((1, -1) + (1,) * (input.dim() - 2))
+
+
+def statistics_dtype(input: Tensor) -> torch.dtype:
+    """The dtype in which statistics of `input` are kept: float64 for float64, else float32."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of `input` (N, C, ...) over all dimensions but the channels."""
+    x = input.to(statistics_dtype(input))
+    dims = [d for d in range(x.dim()) if d != 1]
+    mean = x.mean(dims)
+    return mean, (x - per_channel(mean, x)).square().mean(dims)
+
+
+def normalize(
+    input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """``(input - mean) * invstd * weight + bias`` per channel, in the dtype of the statistics."""
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    z = (input.to(invstd.dtype) - per_channel(mean, input)) * per_channel(scale, input)
+    return z if bias is None else z + per_channel(bias.to(z.dtype), input)
+
+
+def update_running_statistics(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+) -> None:
+    """``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance; ``momentum=None`` averages
+    over all batches. `count` is the number of values per channel; with none, only the batch is counted."""
+    if running_mean is None:
+        return
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if count == 0:
+        return
+    weight: float | Tensor
+    if momentum is not None:
+        weight = momentum
+    else:
+        assert num_batches_tracked is not None
+        weight = 1.0 / num_batches_tracked.to(mean.dtype)
+    with torch.no_grad():
+        for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+            if running is not None:
+                running.copy_(running.to(batch.dtype) * (1 - weight) + batch * weight)
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    act: ActLayer = "identity",
+    act_kwargs: Mapping[str, object] | None = None,
+    drop_p: float = 0.0,
+    drop_mode: str = "channel",
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """See `fastlayers.functional.batch_norm_act`."""
+    activation = activations.resolve(act, act_kwargs)
+    mask = masks.draw(input, drop_p, drop_mode, training)
+    return batch_norm_act_masked(
+        input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
+        training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p,
+    )  # fmt: skip
+
+
+def batch_norm_act_masked(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    *,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: activations.Activation,
+    drop_p: float,
+) -> Tensor:
+    """`batch_norm_act` with the dropout mask given: bool, (N, C) or of the shape of `input`."""
+    if training:
+        mean, var = batch_statistics(input)
+        count = input.numel() // max(input.shape[1], 1)
+        update_running_statistics(
+            running_mean, running_var, num_batches_tracked, momentum, mean.detach(), var.detach(), count
+        )
+    else:
+        assert running_mean is not None and running_var is not None
+        mean, var = (s.to(statistics_dtype(input)) for s in (running_mean, running_var))
+    z = normalize(input, mean, torch.rsqrt(var + eps), weight, bias)
+    if residual is not None:
+        z = z + residual.to(z.dtype)
+    y = activation.random(z) if training and activation.random else activation.apply(z)
+    return apply_mask(y, mask, drop_p).to(input.dtype)
+
+
+def apply_mask(input: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """Zeros where `mask` (bool, (N, C) or of the shape of `input`) is false, elsewhere `input` / (1 - p).
+
+    Zeros replace NaN and infinity too."""
+    if mask is None:
+        return input
+    if mask.dim() < input.dim():
+        mask = mask.reshape(mask.shape + (1,) * (input.dim() - 2))
+    return torch.where(mask, input * masks.scale(p), torch.zeros((), dtype=input.dtype, device=input.device))
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """See `fastlayers.functional.batch_norm`."""
+    return batch_norm_act(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """See `fastlayers.functional.dropout`."""
+    return F.dropout(input, p, training, inplace)
+
+
+def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """See `fastlayers.functional.dropout1d`."""
+    return F.dropout1d(input, p, training, inplace)
+
+
+def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """See `fastlayers.functional.dropout2d`."""
+    return F.dropout2d(input, p, training, inplace)
+
+
+def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """See `fastlayers.functional.dropout3d`."""
+    return F.dropout3d(input, p, training, inplace)
