@@ -1,0 +1,71 @@
+"""The quickstart's result as one picture: losses, their distance, and the time per step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fastlayers.experiments.agreement import FLOOR, TOLERANCE
+from fastlayers.experiments.quickstart import Result
+from fastlayers.experiments.training import PHASES
+
+TORCH_COLOUR = "#ee4c2c"
+FUSED_COLOUR = "#1f4e79"
+LINES = {"train": "-", "test": "--"}
+
+
+def save(result: Result, title: str, path: Path) -> None:
+    """Writes the picture as a PNG."""
+    figure = Figure(figsize=(12, 3.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    losses, distances, times = figure.subplots(1, 3)
+    _draw_losses(losses, result)
+    _draw_distances(distances, result)
+    _draw_times(times, result)
+    for axes in (losses, distances, times):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path)
+
+
+def _epochs(result: Result) -> range:
+    return range(1, len(result.torch.run.epochs) + 1)
+
+
+def _draw_losses(axes: Axes, result: Result) -> None:
+    styles = (
+        ("torch", result.torch, {"color": TORCH_COLOUR, "linewidth": 5, "alpha": 0.45}),
+        ("fastlayers", result.fused, {"color": FUSED_COLOUR, "linewidth": 1.5}),
+    )
+    for name, measured, style in styles:
+        for phase in PHASES:
+            values = [epoch.mean_loss(phase) for epoch in measured.run.epochs]
+            axes.plot(_epochs(result), values, LINES[phase], label=f"{name}, {phase}", **style)
+    axes.set(title="Loss", xlabel="epoch", yscale="log")
+
+
+def _draw_distances(axes: Axes, result: Result) -> None:
+    for phase in PHASES:
+        agreement = result.agreement[phase]
+        axes.plot(_epochs(result), agreement.distance, LINES[phase], color=FUSED_COLOUR, label=f"fastlayers, {phase}")
+        allowed = TOLERANCE * np.array(agreement.rounding) + FLOOR
+        axes.plot(_epochs(result), allowed, LINES[phase], color="grey", label=f"rounding explains, {phase}")
+    axes.set(title="Distance of the losses from torch's", xlabel="epoch", yscale="log")
+
+
+def _draw_times(axes: Axes, result: Result) -> None:
+    kinds = (("torch", result.torch, TORCH_COLOUR), ("fastlayers", result.fused, FUSED_COLOUR))
+    times = [np.array(measured.step_seconds) * 1e3 for _, measured, _ in kinds]
+    # The slowest steps are other programs' doing, and would squeeze the rest.
+    limits = (min(map(np.min, times)), max(np.quantile(time, 0.97) for time in times))
+    for (name, measured, colour), time in zip(kinds, times, strict=True):
+        axes.hist(time, bins=40, range=limits, color=colour, alpha=0.55)
+        median = measured.median_step * 1e3
+        axes.axvline(median, color=colour, label=f"{name}, median {median:.2f} ms")
+    axes.set(title="Time per step", xlabel="ms", ylabel="steps")

@@ -1,0 +1,89 @@
+"""The quickstart's result as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from fastlayers.experiments.agreement import FLOOR, TOLERANCE
+from fastlayers.experiments.quickstart import MOVED_RUNS, Measured, Result
+from fastlayers.experiments.training import PHASES, Phase
+
+
+def show(console: Console, results: Sequence[Result]) -> None:
+    """Prints what `quickstart.run` returned: the last result, and why those before do not count."""
+    for failed in results[:-1]:
+        console.print(f"Seed {failed.seed}: {_unexplained(failed)} The next seed was tried.")
+    result = results[-1]
+    for phase in PHASES:
+        console.print(_losses(phase, result))
+    console.print(_costs(result))
+    console.print(_verdict(result, len(results)))
+
+
+def _losses(phase: Phase, result: Result) -> Table:
+    table = Table("epoch", title=f"Loss in {phase}ing")
+    for heading in ("torch", "fastlayers", "distance", "rounding explains"):
+        table.add_column(heading, justify="right")
+    agreement = result.agreement[phase]
+    runs = zip(result.torch.run.epochs, result.fused.run.epochs, strict=True)
+    distances = zip(agreement.distance, agreement.rounding, strict=True)
+    for number, (epochs, (distance, rounding)) in enumerate(zip(runs, distances, strict=True), 1):
+        losses = [f"{epoch.mean_loss(phase):.6f}" for epoch in epochs]
+        table.add_row(str(number), *losses, f"{distance:.1e}", f"{_allowed(rounding):.1e}")
+    return table
+
+
+def _allowed(rounding: float) -> float:
+    return TOLERANCE * rounding + FLOOR
+
+
+def _costs(result: Result) -> Table:
+    eager, fused = result.torch, result.fused
+    table = Table("", title="Accuracy and cost")
+    for heading in ("torch", "fastlayers", "torch / fastlayers"):
+        table.add_column(heading, justify="right")
+    table.add_row("test accuracy", _accuracy(eager), _accuracy(fused), "")
+    table.add_row(
+        "median step",
+        f"{eager.median_step * 1e3:.2f} ms",
+        f"{fused.median_step * 1e3:.2f} ms",
+        f"{eager.median_step / fused.median_step:.2f}",
+    )
+    table.add_row(
+        "saved for backward",
+        f"{eager.saved_bytes / 2**20:.2f} MiB",
+        f"{fused.saved_bytes / 2**20:.2f} MiB",
+        f"{eager.saved_bytes / fused.saved_bytes:.2f}",
+    )
+    return table
+
+
+def _accuracy(measured: Measured) -> str:
+    return f"{measured.run.epochs[-1].test_accuracy:.2%}"
+
+
+def _verdict(result: Result, seeds: int) -> str:
+    if not result.agrees:
+        return (
+            f"NOT the same training, with any of {seeds} seeds. Seed {result.seed}: "
+            f"{_unexplained(result)} Please report this with the output of `fastlayers info`."
+        )
+    return (
+        "The same training: in every epoch, rounding explains the distance between the losses.\n"
+        "distance: mean difference between both losses on the same batch (training) or image (testing).\n"
+        f"rounding explains: {TOLERANCE:g} times the largest distance so far of {MOVED_RUNS} runs of torch's layers from\n"
+        f"weights moved by one unit in the last place, and {FLOOR:.1e} for the rounding of a loss itself."
+    )
+
+
+def _unexplained(result: Result) -> str:
+    found = [
+        f"in {phase}ing epoch {epoch + 1} the losses are {agreement.distance[epoch]:.1e} apart and "
+        f"rounding explains {_allowed(agreement.rounding[epoch]):.1e}"
+        for phase, agreement in result.agreement.items()
+        for epoch in agreement.unexplained_epochs[:1]
+    ]
+    return "; ".join(found) + "."

@@ -1,0 +1,89 @@
+"""`fastlayers info`: versions, what was compiled, and which backend serves each op and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+import torch
+
+import fastlayers as fl
+
+BACKEND_COLUMNS = ("op", "device", "backend", "why")
+
+
+def collect() -> dict[str, Any]:
+    """The facts that `fastlayers info` prints.
+
+    Three sections, each a mapping from a name to its value, and the rows of the table of backends:
+    {"versions": {...}, "build": {...}, "run time": {...}, "backends": [(op, device, backend, why)]}.
+    """
+    return {
+        "versions": _versions(),
+        "build": dict(fl.ops.build_info()),
+        "run time": _run_time(),
+        "backends": list(fl.backends.explain()),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "fastlayers": fl.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "triton": _installed_version("triton"),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _installed_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _run_time() -> dict[str, str]:
+    lowered = os.environ.get("FASTLAYERS_CPU_CAPABILITY")
+    reason = f"FASTLAYERS_CPU_CAPABILITY={lowered}" if lowered else "the best of this CPU and build"
+    return {
+        "instruction set": f"{fl.ops.cpu_capability()} ({reason})",
+        "threads": str(torch.get_num_threads()),
+        "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "backend": fl.get_backend(),
+    }
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """The result of `collect` as text."""
+    sections = [
+        f"{title}\n{_table([(name, _text(value)) for name, value in section.items()])}"
+        for title, section in facts.items()
+        if isinstance(section, Mapping)
+    ]
+    return "\n\n".join([*sections, _table([BACKEND_COLUMNS, *facts["backends"]])])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """`rows` with their columns aligned, indented by two."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+    )
+    return "\n".join(f"  {line}".rstrip() for line in lines)
+
+
+@click.command()
+def info() -> None:
+    """Shows versions, what was compiled, and which backend serves each op and why."""
+    click.echo(render(collect()))
