@@ -74,8 +74,8 @@ def _run(*arguments: str) -> None:
 
 
 def _program(name: str) -> str:
-    # The scripts folder too: a virtual environment need not be activated to be used.
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+    # The scripts folder first: a virtual environment need not be activated to be used.
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     found = shutil.which(name, path=path)
     if found is None:
         raise SystemExit(f"fastlayers is built with CMake and ninja; {name} is missing: pip install {name}")

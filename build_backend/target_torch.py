@@ -32,6 +32,6 @@ def _module_path(python: Path) -> list[str]:
     if not python.exists():
         return []
     # -E: pip isolates a build by PYTHONPATH, so without it the interpreter sees its own packages.
-    command = [python, "-E", "-c", "import sys; print(*sys.path, sep='\\n')"]
+    command = [str(python), "-E", "-c", "import sys; print(*sys.path, sep='\\n')"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [entry for entry in output.splitlines() if entry]

@@ -31,8 +31,6 @@ if(FASTLAYERS_HAVE_CUDA)
   set(FASTLAYERS_CUDA_COMPILER "${CMAKE_CUDA_COMPILER_ID} ${CMAKE_CUDA_COMPILER_VERSION}")
   fastlayers_cuda_archs(FASTLAYERS_CUDA_ARCHS "${FASTLAYERS_CUDA_ARCH_LIST}" ${CMAKE_CUDA_COMPILER_VERSION})
   add_library(fastlayers_cuda OBJECT ${cuda_sources})
-  # Not the property CUDA_STANDARD: CMake 3.25 does not know that nvcc has C++20.
-  target_compile_options(fastlayers_cuda PRIVATE -std=c++20)
   # The CUDA runtime is linked statically, so that the library also loads beside a CPU-only torch.
   set_target_properties(fastlayers_cuda PROPERTIES
     CUDA_ARCHITECTURES "${FASTLAYERS_CUDA_ARCHS}" CUDA_RUNTIME_LIBRARY Static)

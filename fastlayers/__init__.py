@@ -1,10 +1,10 @@
 """fastlayers: BatchNorm, activation, dropout and residual add in one pass, as drop-in PyTorch layers.
 
-    import fastlayers as fl
+import fastlayers as fl
 
-    fl.BatchNorm2d(64)                                    # nn.BatchNorm2d, same arguments, same state_dict
-    fl.BatchNormAct2d(64, act_layer="relu", drop_p=0.4)   # BatchNorm2d + ReLU + Dropout2d
-    fl.BatchNormAct2d(64, act_layer="gelu")(x, residual)  # BatchNorm2d + add + GELU
+fl.BatchNorm2d(64)                                    # nn.BatchNorm2d, same arguments, same state_dict
+fl.BatchNormAct2d(64, act_layer="relu", drop_p=0.4)   # BatchNorm2d + ReLU + Dropout2d
+fl.BatchNormAct2d(64, act_layer="gelu")(x, residual)  # BatchNorm2d + add + GELU
 """
 
 from fastlayers import functional, ops, reference

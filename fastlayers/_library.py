@@ -1,8 +1,8 @@
 """Loads the compiled op library, or says why it does not load and which command mends that."""
 
 import functools
-import importlib
 import json
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ def load() -> None:
     Raises:
         ImportError: with both torch versions, the reason, and the command that mends it.
     """
+    # By path: an import by name can find the library of another, editable fastlayers.
+    loader = ExtensionFileLoader("fastlayers._C", str(_PACKAGE / "_C.abi3.so"))
     try:
-        importlib.import_module("fastlayers._C")
+        loader.create_module(ModuleSpec(loader.name, loader, origin=loader.path))
     except ImportError as error:
         raise ImportError(_explain(error)) from error
 
@@ -51,7 +53,7 @@ def _explain(error: ImportError) -> str:
 
 
 def _remedy() -> str:
-    if torch.torch_version.TorchVersion(torch.__version__) < (2, 11):
+    if torch.torch_version.TorchVersion(torch.__version__) < "2.11":
         return 'pip install --upgrade "torch>=2.11"'
     checkout = _PACKAGE.parent
     if (checkout / "CMakeLists.txt").exists():

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlayers import activations, masks, ops, reference
-from fastlayers.activations import Activation
+from fastlayers import masks, ops, reference
+from fastlayers.activations import IDENTITY, Activation
 
 _Grads = tuple[Tensor | None, ...]
+_FourTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class _Call(NamedTuple):
@@ -27,17 +28,17 @@ class _Call(NamedTuple):
     drop_p: float
 
 
-class _Tensors(NamedTuple):
-    """The tensors of a call, in the order of the operator's arguments."""
+class _Saved(NamedTuple):
+    """The tensors that backward needs of a call."""
 
     input: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    residual: Tensor | None
+    residual: Tensor | None  # where its values are needed
+    flat_bits: Tensor | None  # where instead one bit per element is enough
     mask: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
+    mean: Tensor
+    invstd: Tensor
 
 
 def batch_norm_act(
@@ -57,10 +58,10 @@ def batch_norm_act(
     drop_p: float,
 ) -> Tensor:
     """The fused operator. `mask` is bool, (N, C) or of the shape of `input`."""
-    if mask is not None and mask.dim() == input.dim() and input.dim() > 2:
+    if mask is not None and mask.shape == input.shape:
         mask = ops.pack_mask(mask, False)
-    tensors = _Tensors(input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked)
     call = _Call(training, momentum, eps, activation, drop_p)
+    tensors = (input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4]):
         output: Tensor = _BatchNormAct.apply(*tensors, call)
         return output
@@ -70,18 +71,16 @@ def batch_norm_act(
 class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *given, call = args
-        tensors = _Tensors(*given)
-        residual, activation = tensors.residual, call.activation
+        *tensors, call = args
+        input, weight, bias, residual, mask = tensors[:5]
         # One bit per element stands for the residual where that is all that backward needs of it.
-        save_flat_bits = residual is not None and activation.derivatives is not None
+        save_flat_bits = residual is not None and call.activation.derivatives is not None
         output, mean, invstd, flat_bits = _forward(tensors, call, save_flat_bits)
-        if save_flat_bits or activation.code == activations.IDENTITY.code:
-            residual = None
+        needs_residual = not save_flat_bits and call.activation.code != IDENTITY.code
         ctx.call = call
         ctx.save_for_backward(
-            tensors.input, tensors.weight, tensors.bias, residual, flat_bits if save_flat_bits else None,
-            tensors.mask, mean, invstd,
+            input, weight, bias, residual if needs_residual else None, flat_bits if save_flat_bits else None, mask,
+            mean, invstd,
         )  # fmt: skip
         return output
 
@@ -93,30 +92,22 @@ class _BatchNormAct(torch.autograd.Function):
         return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 5)
 
 
-def _forward(tensors: _Tensors, call: _Call, save_flat_bits: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = ops.batch_norm_act_fwd(
+def _forward(tensors: Any, call: _Call, save_flat_bits: bool) -> _FourTensors:
+    if call.training and not torch.compiler.is_compiling():
+        # The operator writes to these behind autograd's back; whoever saved one for backward shall hear of it.
+        torch.autograd.graph.increment_version([t for t in tensors[5:] if t is not None and not t.is_inference()])
+    result: _FourTensors = ops.batch_norm_act_fwd(
         *tensors, call.training, call.momentum, call.eps,
         call.activation.code, call.activation.params, masks.scale(call.drop_p), save_flat_bits,
     )  # fmt: skip
     return result
 
 
-def _backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    flat_bits: Tensor | None,
-    mask: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    call: _Call,
-    wanted: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = ops.batch_norm_act_bwd(
-        grad_output, input, weight, bias, residual, flat_bits, mask, mean, invstd, call.training,
-        call.activation.code, call.activation.params, masks.scale(call.drop_p), wanted[0], wanted[1] or wanted[2], wanted[3],
+def _backward(grad_output: Tensor, *args: Any) -> _FourTensors:
+    *saved, call, wanted = args
+    result: _FourTensors = ops.batch_norm_act_bwd(
+        grad_output, *saved, call.training, call.activation.code, call.activation.params, masks.scale(call.drop_p),
+        wanted[0], wanted[1] or wanted[2], wanted[3],
     )  # fmt: skip
     return result
 
@@ -125,71 +116,64 @@ class _BatchNormActBackward(torch.autograd.Function):
     """First-order gradients that can be differentiated again, any number of times."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *tensors, call, wanted = args
-        ctx.call, ctx.wanted = call, wanted
-        ctx.save_for_backward(*tensors)
-        return _backward(*tensors, call, wanted)
+    def forward(ctx: Any, grad_output: Tensor, *args: Any) -> _FourTensors:
+        *saved, ctx.call, ctx.wanted = args
+        ctx.save_for_backward(grad_output, *saved)
+        return _backward(grad_output, *args)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor) -> _Grads:
         with torch.enable_grad():
             # Views: graphs of what follows end at these, and through them reach the originals.
-            leaves = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            grads = _differentiable_gradients(*leaves, ctx.call)
+            views: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            grad_output, *saved = views
+            grads = _differentiable_gradients(grad_output, _Saved(*saved), ctx.call)
         pairs = [
             (grad, grad_grad)
             for grad, grad_grad, wanted in zip(grads, grad_grads, ctx.wanted, strict=True)
             if wanted and grad is not None and grad.requires_grad
         ]
-        sources = [t for t in leaves[:5] if t is not None and t.requires_grad]
-        if not pairs or not sources:
-            return (None,) * 11
-        outputs, grad_of_outputs = zip(*pairs, strict=True)
-        found = iter(
-            torch.autograd.grad(
-                outputs, sources, grad_of_outputs, create_graph=torch.is_grad_enabled(), allow_unused=True
-            )
-        )
-        return (*(next(found) if t is not None and t.requires_grad else None for t in leaves[:5]), *(None,) * 6)
+        inputs = (grad_output, *saved[:4])
+        found = _gradients([g for g, _ in pairs], inputs, [gg for _, gg in pairs], torch.is_grad_enabled())
+        return (*found, *(None,) * 6)
 
 
-def _differentiable_gradients(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    flat_bits: Tensor | None,
-    mask: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    call: _Call,
-) -> tuple[Tensor | None, ...]:
+def _gradients(
+    outputs: list[Tensor], inputs: tuple[Tensor | None, ...], grad_outputs: list[Tensor], create_graph: bool
+) -> _Grads:
+    """`torch.autograd.grad`, with None for the inputs that need no gradient or have none."""
+    sources = [t for t in inputs if t is not None and t.requires_grad]
+    if not sources or not outputs:
+        return (None,) * len(inputs)
+    found = iter(torch.autograd.grad(outputs, sources, grad_outputs, create_graph=create_graph, allow_unused=True))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
+
+
+def _differentiable_gradients(grad_output: Tensor, saved: _Saved, call: _Call) -> _Grads:
     """What the backward kernel computes, as a graph of plain PyTorch operations; None for what needs no gradient."""
+    input, activation = saved.input, call.activation
+    mean, invstd = saved.mean, saved.invstd
     if call.training:
         mean, var = reference.batch_statistics(input)
         invstd = torch.rsqrt(var + call.eps)
-    z = reference.normalize(input, mean, invstd, weight, bias)
+    z = reference.normalize(input, mean, invstd, saved.weight, saved.bias)
+    mask = saved.mask
     if mask is not None and mask.dtype == torch.uint8:
         mask = ops.unpack_mask(mask, input, False)
     grad = reference.apply_mask(grad_output.to(z.dtype), mask, call.drop_p)
-    if flat_bits is not None and call.activation.derivatives is not None:
-        flat, elsewhere = call.activation.derivatives
-        grad = torch.where(ops.unpack_mask(flat_bits, input, False), grad * flat, grad * elsewhere)
-    elif call.activation.code != activations.IDENTITY.code:
-        before = z if residual is None else z + residual.to(z.dtype)
+    if saved.flat_bits is not None and activation.derivatives is not None:
+        flat, elsewhere = activation.derivatives
+        grad = torch.where(ops.unpack_mask(saved.flat_bits, input, False), grad * flat, grad * elsewhere)
+    elif activation.code != IDENTITY.code:
+        before = z if saved.residual is None else z + saved.residual.to(z.dtype)
         before = before if before.requires_grad else before.requires_grad_()
-        (grad,) = torch.autograd.grad(call.activation.apply(before), before, grad, create_graph=True)
-    parameters = (input, weight, bias)
-    sources = [t for t in parameters if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(z, sources, grad, create_graph=True) if sources else ())
-    return (*(next(found) if t is not None and t.requires_grad else None for t in parameters), grad.to(input.dtype))
+        (grad,) = torch.autograd.grad(activation.apply(before), before, grad, create_graph=True)
+    return (*_gradients([z], (input, saved.weight, saved.bias), [grad], True), grad.to(input.dtype))
 
 
 def dropout(input: Tensor, mask: Tensor, p: float) -> Tensor:
     """`input` times `mask` / (1 - p), zero where the mask is. `mask` is bool, (N, C) or of the shape of `input`."""
-    if mask.shape != input.shape[:2] or input.dim() < 3:
+    if mask.shape == input.shape:
         mask = ops.pack_mask(mask, True)
     if torch.is_grad_enabled() and input.requires_grad:
         output: Tensor = _Dropout.apply(input, mask, masks.scale(p))
@@ -202,7 +186,7 @@ class _Dropout(torch.autograd.Function):
     """Linear, so that its gradient is itself: backward applies the Function once more, any number of times."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, mask: Tensor, scale: float) -> Tensor:  # type: ignore[override]  # torch: *args
+    def forward(ctx: Any, input: Tensor, mask: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         ctx.save_for_backward(mask)
         output: Tensor = ops.dropout(input, mask, scale)

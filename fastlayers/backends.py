@@ -36,8 +36,8 @@ def set_backend(name: str) -> None:
     """Chooses what runs the operations, for the whole process.
 
     Args:
-        name: "auto" takes the fastest that serves the tensor's device (`explain` says which and why); "cpp" the compiled
-            CPU kernels; "reference" plain PyTorch.
+        name: "auto" takes the fastest that serves the tensor's device (`explain` says which and why); "cpp" the
+            compiled CPU kernels; "reference" plain PyTorch.
 
     Raises:
         ValueError: an unknown name.

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlayers import masks
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from fastlayers.dtypes import SUPPORTED
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -26,25 +25,27 @@ def dropout_probability(p: float, name: str = "p") -> None:
 
 
 def drop_mode(mode: str) -> None:
+    """Raises ValueError for an unknown mode."""
     if mode not in masks.MODES:
         raise ValueError(f"drop_mode: should be one of {', '.join(masks.MODES)}, but got {mode!r}")
 
 
 def dropout_input(input: Tensor) -> None:
     """Raises what torch's dropout raises for an input that it cannot draw for or scale."""
-    if input.dtype in DTYPES:
+    if input.dtype in SUPPORTED:
         return
-    allowed = f"input: dtype {input.dtype}; allowed: {_names(DTYPES)}"
+    allowed = f"input: dtype {input.dtype}; allowed: {_names(SUPPORTED)}"
     if input.is_complex():
         raise NotImplementedError(f"\"bernoulli_scalar_cpu_\" not implemented for '{input.dtype}' ({allowed})")
     raise RuntimeError(f"result type Float can't be cast to the desired output type {input.dtype} ({allowed})")
 
 
 def batch_norm_input(input: Tensor, training: bool, eps: float) -> None:
-    if input.layout != torch.strided or input.dtype not in DTYPES:
+    """Raises what torch raises for an input that cannot be normalised."""
+    if input.layout != torch.strided or input.dtype not in SUPPORTED:
         raise NotImplementedError(
             f"\"batch_norm\" not implemented for '{input.dtype}' "
-            f"(input: layout {input.layout}, dtype {input.dtype}; allowed: torch.strided and {_names(DTYPES)})"
+            f"(input: layout {input.layout}, dtype {input.dtype}; allowed: torch.strided and {_names(SUPPORTED)})"
         )
     if input.dim() < 2:
         raise IndexError(
@@ -69,8 +70,11 @@ def running_statistics(
     training: bool,
     momentum: float | None,
 ) -> None:
+    """Raises what torch raises for statistics that are missing."""
     if not training and running_mean is None:
-        raise RuntimeError("running_mean must be defined in evaluation mode (running_mean: None; allowed: a tensor (C,))")
+        raise RuntimeError(
+            "running_mean must be defined in evaluation mode (running_mean: None; allowed: a tensor (C,))"
+        )
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if training and momentum is None and running_mean is not None and num_batches_tracked is None:
@@ -81,7 +85,7 @@ def running_statistics(
 
 
 def channel_vector(name: str, values: Tensor | None, input: Tensor) -> None:
-    """A parameter or running statistic of `input`'s channels."""
+    """Raises what torch raises for a parameter or running statistic that does not fit `input`."""
     if values is None:
         return
     channels = input.shape[1]
@@ -112,6 +116,7 @@ def channel_vector(name: str, values: Tensor | None, input: Tensor) -> None:
 
 
 def residual(residual: Tensor | None, input: Tensor) -> None:
+    """Raises what adding `residual` to `input` would raise, and where it would broadcast or promote."""
     if residual is None:
         return
     if residual.device != input.device:

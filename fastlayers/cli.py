@@ -1,4 +1,4 @@
-"""The `fastlayers` command. Each subcommand has a file of its own, imported only when it is asked for."""
+"""The `fastlayers` command; each subcommand has its own file, imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ def needs_extra(extra: str) -> Iterator[None]:
         if (error.name or "").startswith("fastlayers"):
             raise
         raise click.ClickException(
-            f'{error.name} is not installed. Install what this command needs: pip install -e ".[{extra}]"'
+            f'{error.name} is missing. What this command needs: pip install -e ".[{extra}]"'
         ) from error

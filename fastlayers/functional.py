@@ -44,16 +44,17 @@ def batch_norm_act(
         residual: of the shape and dtype of `input`, added before the activation; or None.
         act, act_kwargs: the activation, see `fastlayers.activations.resolve`.
         drop_p: the probability of dropping, in [0, 1]; what is kept is divided by 1 - drop_p.
-        drop_mode: "channel" drops whole (n, c) planes, as `F.dropout2d`; "element" single elements, as `F.dropout`. For
-            the same state of the generator the mask is theirs. What is dropped is exactly zero, even where it was NaN.
+        drop_mode: "channel" drops whole (n, c) planes, as `F.dropout2d`; "element" single elements, as `F.dropout`.
+            For the same state of the generator the mask is theirs. What is dropped is exactly zero, even where it
+            was NaN.
         num_batches_tracked: an int64 scalar, incremented when `training`; or None.
 
     Returns:
         A tensor of the shape, dtype and memory layout of `input`.
 
     Raises:
-        ValueError, RuntimeError, TypeError, NotImplementedError, IndexError: as `F.batch_norm` and `F.dropout2d` for the
-            same mistakes; ValueError for an unknown activation or mode.
+        ValueError, RuntimeError, TypeError, NotImplementedError, IndexError: as `F.batch_norm` and `F.dropout2d` for
+            the same mistakes; ValueError for an unknown activation or mode.
     """
     activation = activations.resolve(act, act_kwargs)
     checks.batch_norm_input(input, training, eps)
@@ -94,8 +95,10 @@ def batch_norm(
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.dropout`: zeroes single elements of `input`, of any shape, with probability `p` and divides
-    the rest by 1 - p. The same mask for the same state of the generator; backward keeps one bit per element.
+    """`torch.nn.functional.dropout`: zeroes single elements of `input`, of any shape, with probability `p`.
+
+    The rest is divided by 1 - p. The mask is torch's for the same state of the generator; backward keeps one bit per
+    element of it.
 
     Where ``inplace`` is true, torch's own kernel does it: writing over the input leaves nothing to fuse.
     """

@@ -19,8 +19,8 @@ BACKEND_COLUMNS = ("op", "device", "backend", "why")
 def collect() -> dict[str, Any]:
     """The facts that `fastlayers info` prints.
 
-    Three sections, each a mapping from a name to its value, and the rows of the table of backends:
-    {"versions": {...}, "build": {...}, "run time": {...}, "backends": [(op, device, backend, why)]}.
+    "versions", "build" and "run time" map names to values; "backends" lists rows of
+    BACKEND_COLUMNS.
     """
     return {
         "versions": _versions(),
@@ -60,26 +60,24 @@ def _run_time() -> dict[str, str]:
 
 def render(facts: Mapping[str, Any]) -> str:
     """The result of `collect` as text."""
-    sections = [
-        f"{title}\n{_table([(name, _text(value)) for name, value in section.items()])}"
-        for title, section in facts.items()
-        if isinstance(section, Mapping)
-    ]
+    sections = [_section(title, values) for title, values in facts.items() if isinstance(values, Mapping)]
     return "\n\n".join([*sections, _table([BACKEND_COLUMNS, *facts["backends"]])])
 
 
+def _section(title: str, values: Mapping[str, Any]) -> str:
+    rows = [(name.replace("_", " "), _text(value)) for name, value in values.items()]
+    return f"{title}\n{_table(rows)}"
+
+
 def _text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or "none"
-    return str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text or "none"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     """`rows` with their columns aligned, indented by two."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-    )
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(f"  {line}".rstrip() for line in lines)
 
 

@@ -16,9 +16,9 @@ def scale(p: float) -> float:
 def draw(input: Tensor, p: float, mode: str, training: bool) -> Tensor | None:
     """Which parts of `input` dropout keeps, or None if it keeps all as they are.
 
-    The result is bool, of shape (N, C) for mode "channel" and of the shape and memory order of ``empty_like(input)`` for
-    mode "element". For the same state of the generator it is the mask of `F.dropout2d` or `F.dropout`: like them, this
-    draws nothing for p = 0, p = 1 and an empty input.
+    The result is bool, of shape (N, C) for mode "channel" and of the shape and memory order of ``empty_like(input)``
+    for mode "element". For the same state of the generator it is the mask of `F.dropout2d` or `F.dropout`: like them,
+    this draws nothing for p = 0, p = 1 and an empty input.
     """
     if p == 0 or not training or input.numel() == 0:
         return None

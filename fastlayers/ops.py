@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlayers import _library
+from fastlayers.dtypes import statistics_dtype
 
 _library.load()
 
@@ -20,9 +21,6 @@ batch_norm_act_bwd = _ops.batch_norm_act_bwd.default
 dropout = _ops.dropout.default
 pack_mask = _ops.pack_mask.default
 unpack_mask = _ops.unpack_mask.default
-
-#: Device types that have compiled kernels.
-DEVICES = ("cpu",)
 
 
 def cpu_capability() -> str:
@@ -44,14 +42,11 @@ def build_info() -> dict[str, Any]:
     return _library.build_info()
 
 
-def _statistics_dtype(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
 def _mask_bytes(dense: Tensor) -> int:
     """Size of a mask of one bit per element: each plane, or each row of channels, starts at a byte of its own.
 
-    The rule for which it is has its other definition in csrc/torch/tensors.cpp, geometry_of."""
+    The rule for which it is has its other definition in csrc/torch/tensors.cpp, geometry_of.
+    """
     batch, channels = dense.shape[:2]
     spatial = 1
     for size in dense.shape[2:]:
@@ -79,7 +74,7 @@ def _(
     save_flat_bits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     output = torch.empty_like(input)
-    mean = input.new_empty(input.shape[1], dtype=_statistics_dtype(input))
+    mean = input.new_empty(input.shape[1], dtype=statistics_dtype(input))
     flat_bits = input.new_empty(_mask_bytes(output) if save_flat_bits else 0, dtype=torch.uint8)
     return output, mean, torch.empty_like(mean), flat_bits
 

@@ -14,16 +14,12 @@ from torch import Tensor
 
 from fastlayers import activations, masks
 from fastlayers.activations import ActLayer
+from fastlayers.dtypes import statistics_dtype
 
 
 def per_channel(values: Tensor, input: Tensor) -> Tensor:
     """`values` (C,) shaped to broadcast over `input` (N, C, ...)."""
     return values.reshape((1, -1) + (1,) * (input.dim() - 2))
-
-
-def statistics_dtype(input: Tensor) -> torch.dtype:
-    """The dtype in which statistics of `input` are kept: float64 for float64, else float32."""
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,9 +30,7 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - per_channel(mean, x)).square().mean(dims)
 
 
-def normalize(
-    input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def normalize(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """``(input - mean) * invstd * weight + bias`` per channel, in the dtype of the statistics."""
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     z = (input.to(invstd.dtype) - per_channel(mean, input)) * per_channel(scale, input)
@@ -52,8 +46,11 @@ def update_running_statistics(
     var: Tensor,
     count: int,
 ) -> None:
-    """``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance; ``momentum=None`` averages
-    over all batches. `count` is the number of values per channel; with none, only the batch is counted."""
+    """``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance.
+
+    ``momentum=None`` averages over all batches. `count` is the number of values per channel; with none, only the batch
+    is counted.
+    """
     if running_mean is None:
         return
     if num_batches_tracked is not None:
@@ -122,7 +119,8 @@ def batch_norm_act_masked(
             running_mean, running_var, num_batches_tracked, momentum, mean.detach(), var.detach(), count
         )
     else:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         mean, var = (s.to(statistics_dtype(input)) for s in (running_mean, running_var))
     z = normalize(input, mean, torch.rsqrt(var + eps), weight, bias)
     if residual is not None:
@@ -134,7 +132,8 @@ def batch_norm_act_masked(
 def apply_mask(input: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """Zeros where `mask` (bool, (N, C) or of the shape of `input`) is false, elsewhere `input` / (1 - p).
 
-    Zeros replace NaN and infinity too."""
+    Zeros replace NaN and infinity too.
+    """
     if mask is None:
         return input
     if mask.dim() < input.dim():

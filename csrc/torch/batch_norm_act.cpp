@@ -46,7 +46,8 @@ double update_factor(const OptionalTensor& num_batches_tracked, std::optional<do
     auto* count = static_cast<std::int64_t*>(num_batches_tracked->mutable_data_ptr());
     batches = static_cast<double>(++*count);
   }
-  STD_TORCH_CHECK(momentum || num_batches_tracked, "momentum should be a number, not None, without num_batches_tracked");
+  STD_TORCH_CHECK(momentum || num_batches_tracked,
+                  "momentum should be a number, not None, without num_batches_tracked");
   return momentum ? *momentum : 1 / batches;
 }
 
@@ -92,9 +93,9 @@ void run_forward(ForwardArgs& args, Dtype dtype, const OptionalTensor& weight, c
   kernels(dtype).batch_norm_act_forward(args);
   const auto count = static_cast<double>(args.geometry.row_count());
   const double unbiased = count / (count - 1);
-  update_running(running_mean, factor, [&](std::int64_t c) { return static_cast<double>(static_cast<S*>(args.mean)[c]); });
-  update_running(running_var, factor,
-                 [&](std::int64_t c) { return variance[static_cast<std::size_t>(c)] * unbiased; });
+  update_running(running_mean, factor,
+                 [&](std::int64_t c) { return static_cast<double>(static_cast<S*>(args.mean)[c]); });
+  update_running(running_var, factor, [&](std::int64_t c) { return variance[static_cast<std::size_t>(c)] * unbiased; });
 }
 
 template <class S>
@@ -129,7 +130,8 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
   check_channel_vector("bias", bias, channels);
   check_channel_vector("running_mean", running_mean, channels);
   check_channel_vector("running_var", running_var, channels);
-  STD_TORCH_CHECK(training || (running_mean && running_var), "running_mean and running_var must be defined in evaluation mode");
+  STD_TORCH_CHECK(training || (running_mean && running_var),
+                  "running_mean and running_var must be defined in evaluation mode");
   if (residual) check_full_size("residual", *residual, input);
 
   Tensor output = torch::stable::empty_like(input);

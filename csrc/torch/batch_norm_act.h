@@ -9,7 +9,8 @@ namespace fastlayers {
 
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Returns output, mean, invstd and, if save_flat_bits, a bit per element that says where a two-valued derivative is small.
+// Returns output, mean, invstd and, if save_flat_bits, a bit per element that says where a two-valued derivative is
+// small.
 FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
                                OptionalTensor mask, OptionalTensor running_mean, OptionalTensor running_var,
                                OptionalTensor num_batches_tracked, bool training, std::optional<double> momentum,

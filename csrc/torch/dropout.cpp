@@ -43,9 +43,6 @@ Geometry mask_geometry(const Tensor& dense_mask, bool flat) {
   return flat ? flat_geometry(dense_mask) : geometry_of(dense_mask);
 }
 
-// The bytes of a mask in the order in which its geometry walks them.
-Tensor in_order(const Geometry& g, const Tensor& mask, bool flat) { return flat ? dense(mask) : as_source(g, mask).tensor; }
-
 }  // namespace
 
 Tensor dropout(Tensor input, Tensor mask, double scale) {
@@ -60,7 +57,7 @@ Tensor pack_mask(Tensor mask, bool flat) {
   const Tensor filled = dense(mask);
   const Geometry g = mask_geometry(filled, flat);
   Tensor bits = empty_vector(mask, g.mask_bytes(), ScalarType::Byte);
-  const Tensor ordered = in_order(g, filled, flat);
+  const Tensor ordered = flat ? filled : in_order(g, filled);
   pack_bits(g, static_cast<const std::uint8_t*>(ordered.const_data_ptr()),
             static_cast<std::uint8_t*>(bits.mutable_data_ptr()), torch_parallel_for);
   return bits;
@@ -71,14 +68,14 @@ Tensor unpack_mask(Tensor bits, Tensor like, bool flat) {
   const Geometry g = mask_geometry(shape, flat);
   const auto sizes = shape.sizes(), strides = shape.strides();
   Tensor mask = empty_strided(like, {sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, ScalarType::Bool);
-  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.numel() == g.mask_bytes() && bits.is_contiguous() &&
-                      bits.is_cpu(),
-                  "bits should be ", g.mask_bytes(), " contiguous bytes of uint8 on the CPU");
-  std::optional<Output> out;
-  void* target = flat ? mask.mutable_data_ptr() : out.emplace(g, mask).target().data;
-  unpack_bits(g, static_cast<const std::uint8_t*>(bits.const_data_ptr()), static_cast<std::uint8_t*>(target),
-              torch_parallel_for);
-  return out ? out->finish() : mask;
+  STD_TORCH_CHECK(
+      bits.scalar_type() == ScalarType::Byte && bits.numel() == g.mask_bytes() && bits.is_contiguous() && bits.is_cpu(),
+      "bits should be ", g.mask_bytes(), " contiguous bytes of uint8 on the CPU");
+  Tensor target = flat ? mask : in_order(g, mask);
+  unpack_bits(g, static_cast<const std::uint8_t*>(bits.const_data_ptr()),
+              static_cast<std::uint8_t*>(target.mutable_data_ptr()), torch_parallel_for);
+  if (target.get() != mask.get()) torch::stable::copy_(mask, target);
+  return mask;
 }
 
 }  // namespace fastlayers

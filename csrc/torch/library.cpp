@@ -12,7 +12,9 @@ namespace {
 
 constexpr const char* kCapabilityNames[] = {"baseline", "avx2", "avx512"};
 
-std::string cpu_capability() { return kCapabilityNames[static_cast<int>(capability())]; }
+std::string cpu_capability() {
+  return kCapabilityNames[static_cast<int>(capability())];
+}
 
 void set_cpu_capability(std::string name) {
   for (int i = 0; i < 3; ++i) {

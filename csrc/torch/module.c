@@ -2,6 +2,8 @@
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", 0, -1, 0};
+static struct PyModuleDef module = {.m_base = PyModuleDef_HEAD_INIT, .m_name = "_C", .m_size = -1};
 
-PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__C(void) {
+  return PyModule_Create(&module);
+}

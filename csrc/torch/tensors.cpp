@@ -11,14 +11,17 @@ namespace {
 
 using Sizes = std::vector<std::int64_t>;
 
-// The stride with which dims [begin, end) are walked as one, or nothing if they cannot be. 1 where they hold one element.
+// The stride with which dims [begin, end) are walked as one, or nothing if they cannot be. 1 where they hold one
+// element.
 std::optional<std::int64_t> merged_stride(const Sizes& sizes, const Sizes& strides) {
   std::int64_t stride = 1, extent = 1;
   bool found = false;
   for (std::size_t d = sizes.size(); d-- > 0;) {
     if (sizes[d] == 1) continue;
-    if (!found) stride = strides[d];
-    else if (strides[d] != stride * extent) return std::nullopt;
+    if (!found)
+      stride = strides[d];
+    else if (strides[d] != stride * extent)
+      return std::nullopt;
     found = true;
     extent *= sizes[d];
   }
@@ -53,7 +56,8 @@ std::optional<View> view_as(const Geometry& g, const Tensor& t) {
   return std::nullopt;
 }
 
-Tensor empty_in_layout(const Geometry& g, const Tensor& like) {
+// Planes or rows one after the other without gaps, the samples in order.
+Sizes strides_in_order(const Geometry& g, const Tensor& like) {
   const auto sizes = like.sizes();
   Sizes strides(sizes.size());
   std::int64_t stride = g.rows ? g.channels : 1;
@@ -63,7 +67,26 @@ Tensor empty_in_layout(const Geometry& g, const Tensor& like) {
   }
   strides[1] = g.rows ? 1 : g.spatial;
   strides[0] = g.channels * g.spatial;
-  return empty_strided(like, {sizes.begin(), sizes.end()}, strides, like.scalar_type());
+  return strides;
+}
+
+Tensor empty_in_order(const Geometry& g, const Tensor& like) {
+  const auto sizes = like.sizes();
+  return empty_strided(like, {sizes.begin(), sizes.end()}, strides_in_order(g, like), like.scalar_type());
+}
+
+Tensor copy_in_order(const Geometry& g, const Tensor& t) {
+  Tensor copy = empty_in_order(g, t);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+bool is_in_order(const Geometry& g, const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const Sizes expected = strides_in_order(g, t);
+  for (std::size_t d = 0; d < expected.size(); ++d)
+    if (sizes[d] != 1 && strides[d] != expected[d]) return false;
+  return true;
 }
 
 bool is_dense(const Tensor& t) {
@@ -89,8 +112,9 @@ Dtype storage_dtype(const Tensor& t) {
     case ScalarType::BFloat16: return Dtype::bf16;
     case ScalarType::Half: return Dtype::f16;
     default:
-      STD_TORCH_CHECK(false, "fastlayers: input has a dtype that the kernels do not take; allowed: float32, float64, "
-                             "bfloat16, float16");
+      STD_TORCH_CHECK(false,
+                      "fastlayers: input has a dtype that the kernels do not take; allowed: float32, float64, "
+                      "bfloat16, float16");
   }
 }
 
@@ -98,10 +122,10 @@ Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& stride
   std::int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype)), device_type,
-      like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -119,19 +143,23 @@ Geometry geometry_of(const Tensor& dense) {
   return g;
 }
 
-Geometry flat_geometry(const Tensor& t) { return {false, 1, 1, t.numel()}; }
+Geometry flat_geometry(const Tensor& t) {
+  return {false, 1, 1, t.numel()};
+}
 
 View as_source(const Geometry& g, const Tensor& t) {
   if (auto view = view_as(g, t)) return *view;
-  Tensor copy = empty_in_layout(g, t);
-  torch::stable::copy_(copy, t);
-  return *view_as(g, copy);
+  return *view_as(g, copy_in_order(g, t));
 }
 
 Source optional_source(std::optional<View>& holder, const Geometry& g, const OptionalTensor& t) {
   if (!t) return {};
   holder = as_source(g, *t);
   return holder->source();
+}
+
+Tensor in_order(const Geometry& g, const Tensor& t) {
+  return is_in_order(g, t) ? t : copy_in_order(g, t);
 }
 
 Tensor dense(const Tensor& t) {
@@ -146,7 +174,7 @@ Output::Output(const Geometry& g, Tensor result) : result_(result), copied_(fals
     view_ = *view;
     return;
   }
-  view_ = *view_as(g, empty_in_layout(g, result));
+  view_ = *view_as(g, empty_in_order(g, result));
   copied_ = true;
 }
 

@@ -22,8 +22,12 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 Dtype storage_dtype(const Tensor& t);
-inline bool computes_in_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
-inline ScalarType compute_dtype(const Tensor& t) { return computes_in_double(t) ? ScalarType::Double : ScalarType::Float; }
+inline bool computes_in_double(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double;
+}
+inline ScalarType compute_dtype(const Tensor& t) {
+  return computes_in_double(t) ? ScalarType::Double : ScalarType::Float;
+}
 
 // Uninitialised, on the device of `like`.
 Tensor empty_strided(const Tensor& like, const std::vector<std::int64_t>& sizes,
@@ -49,6 +53,8 @@ Geometry flat_geometry(const Tensor& t);
 View as_source(const Geometry& g, const Tensor& t);
 // The same for a tensor that may be missing; `holder` keeps the copy alive.
 Source optional_source(std::optional<View>& holder, const Geometry& g, const OptionalTensor& t);
+// `t` itself, or a copy, whose memory holds nothing but its planes or rows, one after the other.
+Tensor in_order(const Geometry& g, const Tensor& t);
 // `t` itself if its elements fill its memory without gaps or overlaps, else a copy that does.
 Tensor dense(const Tensor& t);
 
@@ -104,7 +110,8 @@ ChannelInput<S>::ChannelInput(const OptionalTensor& t, std::int64_t channels, do
   const std::int64_t stride = t->stride(0);
   with_dtype(t->scalar_type(), [&](auto element) {
     const auto* from = static_cast<const decltype(element)*>(t->const_data_ptr());
-    for (std::int64_t c = 0; c < channels; ++c) converted_[static_cast<std::size_t>(c)] = static_cast<S>(from[c * stride]);
+    for (std::int64_t c = 0; c < channels; ++c)
+      converted_[static_cast<std::size_t>(c)] = static_cast<S>(from[c * stride]);
   });
 }
 

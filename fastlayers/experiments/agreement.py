@@ -63,8 +63,7 @@ def compare(torch_run: Run, fused_run: Run, moved_runs: Sequence[Run]) -> dict[P
 def _distances(phase: Phase, one: Run, other: Run) -> list[float]:
     """Per epoch, the mean difference between two runs' losses on the same batch or image."""
     return [
-        (a.losses[phase] - b.losses[phase]).abs().mean().item()
-        for a, b in zip(one.epochs, other.epochs, strict=True)
+        (a.losses[phase] - b.losses[phase]).abs().mean().item() for a, b in zip(one.epochs, other.epochs, strict=True)
     ]
 
 

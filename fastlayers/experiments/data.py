@@ -84,7 +84,7 @@ class DataSet:
 def load(name: str, data_dir: Path | None, fraction: float) -> DataSet:
     """The data set `name`, "digits" or "cifar10", of which the leading `fraction` of each split.
 
-    Raises DataError where the files of `data_dir`, which "cifar10" needs, are not the official ones.
+    Raises DataError where the files in `data_dir`, which "cifar10" needs, are not CIFAR-10's.
     """
     if name == "digits":
         return load_digits(fraction)
@@ -138,20 +138,21 @@ def _read_checked(path: Path, expected: FileCheck) -> bytes:
     return content
 
 
+_ALLOWED_IN_PICKLES = {
+    # Under this old name in the files; NumPy has moved it since.
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Reads the dictionaries of NumPy arrays that CIFAR-10 consists of, and no other object."""
 
-    _ALLOWED = {
-        # Under this old name in the files; NumPy has moved it since.
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
+        if (module, name) not in _ALLOWED_IN_PICKLES:
             raise DataError(f"refused to load {module}.{name}: CIFAR-10's files hold arrays only")
-        return self._ALLOWED[module, name]
+        return _ALLOWED_IN_PICKLES[module, name]
 
 
 def unpickle_batch(content: bytes) -> dict[bytes, Any]:

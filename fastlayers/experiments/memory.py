@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 def bytes_saved_for_backward(model: nn.Module, images: Tensor) -> int:
-    """Bytes that one forward pass of `model` keeps, counting shared memory once, without parameters.
+    """Bytes that one forward pass of `model` keeps, besides the parameters.
 
-    Neither the model nor the random state is changed.
+    Memory that several tensors share counts once. Model and random state stay as they are.
     """
     model = copy.deepcopy(model)
     kept: dict[int, int] = {}

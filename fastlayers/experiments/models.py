@@ -13,7 +13,10 @@ import fastlayers as fl
 
 @dataclass(frozen=True)
 class Block:
-    """Sizes of one block: conv, BatchNorm, ReLU, Dropout2d, max-pool; the conv keeps the image's size."""
+    """Sizes of one block: conv, BatchNorm, ReLU, Dropout2d, max-pool.
+
+    The convolution keeps the image's size.
+    """
 
     in_channels: int
     out_channels: int
@@ -73,8 +76,6 @@ def build_cnn(plan: CnnPlan, layers: LayerFactory) -> nn.Sequential:
 
 def _build_block(block: Block, middle: dict[str, nn.Module]) -> nn.Sequential:
     # BatchNorm subtracts the mean, so that a conv's bias would change nothing.
-    conv = nn.Conv2d(
-        block.in_channels, block.out_channels, block.kernel, padding=block.kernel // 2, bias=False
-    )
+    conv = nn.Conv2d(block.in_channels, block.out_channels, block.kernel, padding=block.kernel // 2, bias=False)
     pool = nn.MaxPool2d(block.pool, block.stride, block.pool_padding)
     return nn.Sequential(OrderedDict(conv=conv, **middle, pool=pool))

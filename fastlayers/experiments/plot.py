@@ -39,23 +39,28 @@ def _epochs(result: Result) -> range:
 
 
 def _draw_losses(axes: Axes, result: Result) -> None:
-    styles = (
-        ("torch", result.torch, {"color": TORCH_COLOUR, "linewidth": 5, "alpha": 0.45}),
-        ("fastlayers", result.fused, {"color": FUSED_COLOUR, "linewidth": 1.5}),
-    )
-    for name, measured, style in styles:
+    # Torch's lines are broad, so that both show where one covers the other.
+    for name, measured, colour, width in (
+        ("torch", result.torch, TORCH_COLOUR, 5.0),
+        ("fastlayers", result.fused, FUSED_COLOUR, 1.5),
+    ):
         for phase in PHASES:
             values = [epoch.mean_loss(phase) for epoch in measured.run.epochs]
-            axes.plot(_epochs(result), values, LINES[phase], label=f"{name}, {phase}", **style)
+            (line,) = axes.plot(_epochs(result), values, LINES[phase], color=colour)
+            line.set(linewidth=width, alpha=min(1.0, 2 / width), label=f"{name}, {phase}")
     axes.set(title="Loss", xlabel="epoch", yscale="log")
 
 
 def _draw_distances(axes: Axes, result: Result) -> None:
     for phase in PHASES:
         agreement = result.agreement[phase]
-        axes.plot(_epochs(result), agreement.distance, LINES[phase], color=FUSED_COLOUR, label=f"fastlayers, {phase}")
         allowed = TOLERANCE * np.array(agreement.rounding) + FLOOR
-        axes.plot(_epochs(result), allowed, LINES[phase], color="grey", label=f"rounding explains, {phase}")
+        for name, values, colour in (
+            ("rounding explains", allowed, "grey"),
+            ("fastlayers", agreement.distance, FUSED_COLOUR),
+        ):
+            label = f"{name}, {phase}"
+            axes.plot(_epochs(result), values, LINES[phase], color=colour, label=label)
     axes.set(title="Distance of the losses from torch's", xlabel="epoch", yscale="log")
 
 

@@ -1,4 +1,4 @@
-"""The quickstart: one CNN trained with torch's layers and with fastlayers, and whether they agree."""
+"""The quickstart: one CNN trained with torch's layers and with fastlayers, and compared."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Result:
 
 
 def run(data: DataSet, settings: Settings, progress: Progress) -> list[Result]:
-    """Trains with the given seed, and with the next ones while rounding does not explain the result.
+    """Trains with the given seed, then with the next ones until rounding explains the result.
 
     Returns the result of every seed that was tried; the last one counts.
     """
@@ -79,17 +79,14 @@ def run(data: DataSet, settings: Settings, progress: Progress) -> list[Result]:
 
 
 def _run_seed(data: DataSet, settings: Settings, seed: int, progress: Progress) -> Result:
-    eager_model, fused_model, *moved_models = _models(data, seed)
     example = data.normalise(data.train.images[: settings.batch_size])
-    saved = [bytes_saved_for_backward(model, example) for model in (eager_model, fused_model)]
-    eager, fused, *moved = runs = [
-        Run(model, seed) for model in (eager_model, fused_model, *moved_models)
-    ]
+    runs = [Run(model, seed) for model in _models(data, seed)]
     _train(runs, data, settings, seed, progress)
+    eager, fused, *moved = runs
     return Result(
         seed,
-        Measured(eager, saved[0]),
-        Measured(fused, saved[1]),
+        Measured(eager, bytes_saved_for_backward(eager.model, example)),
+        Measured(fused, bytes_saved_for_backward(fused.model, example)),
         compare(eager, fused, moved),
     )
 
@@ -107,9 +104,7 @@ def _models(data: DataSet, seed: int) -> list[nn.Module]:
     return [*models]
 
 
-def _train(
-    runs: Sequence[Run], data: DataSet, settings: Settings, seed: int, progress: Progress
-) -> None:
+def _train(runs: Sequence[Run], data: DataSet, settings: Settings, seed: int, progress: Progress) -> None:
     steps = settings.epochs * steps_per_epoch(data, settings.batch_size)
     task = progress.add_task(f"seed {seed}: {len(runs)} runs in turn", total=steps)
     train_interleaved(

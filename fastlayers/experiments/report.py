@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +16,7 @@ from fastlayers.experiments.training import PHASES, Phase
 def show(console: Console, results: Sequence[Result]) -> None:
     """Prints what `quickstart.run` returned: the last result, and why those before do not count."""
     for failed in results[:-1]:
-        console.print(f"Seed {failed.seed}: {_unexplained(failed)} The next seed was tried.")
+        console.print(f"Seed {failed.seed}: {_unexplained(failed)} So the next seed was tried.")
     result = results[-1]
     for phase in PHASES:
         console.print(_losses(phase, result))
@@ -23,10 +24,15 @@ def show(console: Console, results: Sequence[Result]) -> None:
     console.print(_verdict(result, len(results)))
 
 
-def _losses(phase: Phase, result: Result) -> Table:
-    table = Table("epoch", title=f"Loss in {phase}ing")
-    for heading in ("torch", "fastlayers", "distance", "rounding explains"):
+def _table(title: str, first: str, *headings: str) -> Table:
+    table = Table(first, title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for heading in headings:
         table.add_column(heading, justify="right")
+    return table
+
+
+def _losses(phase: Phase, result: Result) -> Table:
+    table = _table(f"Loss in {phase}ing", "epoch", "torch", "fastlayers", "distance", "rounding explains")
     agreement = result.agreement[phase]
     runs = zip(result.torch.run.epochs, result.fused.run.epochs, strict=True)
     distances = zip(agreement.distance, agreement.rounding, strict=True)
@@ -42,9 +48,7 @@ def _allowed(rounding: float) -> float:
 
 def _costs(result: Result) -> Table:
     eager, fused = result.torch, result.fused
-    table = Table("", title="Accuracy and cost")
-    for heading in ("torch", "fastlayers", "torch / fastlayers"):
-        table.add_column(heading, justify="right")
+    table = _table("Accuracy and cost", "", "torch", "fastlayers", "torch / fastlayers")
     table.add_row("test accuracy", _accuracy(eager), _accuracy(fused), "")
     table.add_row(
         "median step",
@@ -72,17 +76,18 @@ def _verdict(result: Result, seeds: int) -> str:
             f"{_unexplained(result)} Please report this with the output of `fastlayers info`."
         )
     return (
-        "The same training: in every epoch, rounding explains the distance between the losses.\n"
-        "distance: mean difference between both losses on the same batch (training) or image (testing).\n"
-        f"rounding explains: {TOLERANCE:g} times the largest distance so far of {MOVED_RUNS} runs of torch's layers from\n"
-        f"weights moved by one unit in the last place, and {FLOOR:.1e} for the rounding of a loss itself."
+        "The same training: in every epoch, rounding explains the distance between the losses. "
+        "The distance is the mean difference between both losses on one batch or test image. "
+        f"Rounding explains {TOLERANCE:g} times the largest distance so far of {MOVED_RUNS} runs "
+        "of torch's layers from weights moved by one unit in the last place, "
+        f"and {FLOOR:.1e} for the rounding of the losses themselves."
     )
 
 
 def _unexplained(result: Result) -> str:
     found = [
-        f"in {phase}ing epoch {epoch + 1} the losses are {agreement.distance[epoch]:.1e} apart and "
-        f"rounding explains {_allowed(agreement.rounding[epoch]):.1e}"
+        f"in {phase}ing epoch {epoch + 1} the losses are {agreement.distance[epoch]:.1e} apart, "
+        f"and rounding explains {_allowed(agreement.rounding[epoch]):.1e}"
         for phase, agreement in result.agreement.items()
         for epoch in agreement.unexplained_epochs[:1]
     ]

@@ -23,7 +23,7 @@ EVALUATION_BATCH = 500
 class Epoch:
     """What one run did in one epoch.
 
-    `losses["train"]` has one value per step, `losses["test"]` one per image; `seconds` has one per step.
+    There is one training loss and one time per step, and one test loss per image.
     """
 
     losses: dict[Phase, Tensor]

@@ -10,7 +10,10 @@ from fastlayers.activations import IDENTITY, Activation
 
 
 class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """What `torch.nn.BatchNorm*` do, by the fused kernels. Keeps nothing between calls but torch's five state entries."""
+    """What `torch.nn.BatchNorm*` do, by the fused kernels.
+
+    Keeps nothing between calls but torch's five state entries.
+    """
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         )
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalises `input`; updates the running statistics in training."""
         return self._fused(input)
 
 
@@ -90,4 +94,3 @@ class BatchNorm3d(_FusedBatchNorm, nn.BatchNorm3d):
 
     Input and output: (N, C, D, H, W), contiguous or channels_last_3d; dtypes as for `BatchNorm1d`.
     """
-

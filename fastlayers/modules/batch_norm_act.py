@@ -32,7 +32,8 @@ class _BatchNormAct(_FusedBatchNorm):
     Args:
         num_features, eps, momentum, affine, track_running_stats: as in `torch.nn.BatchNorm2d`.
         apply_act: False leaves the activation out.
-        act_layer: the activation: a name, an ``nn`` class or a module (`fastlayers.activations.NAMES`); None is identity.
+        act_layer: the activation: a name of `fastlayers.activations.NAMES`, an ``nn`` class or a module; None is
+            identity.
         act_kwargs: its parameters, for a name or a class.
         inplace: accepted because timm has it; the fused kernel keeps no intermediate that it could overwrite, so there
             is nothing to do in place.
@@ -78,11 +79,13 @@ class _BatchNormAct(_FusedBatchNorm):
         self.drop_p, self.drop_mode = _dropout_of(drop_layer, drop_p, drop_mode)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``dropout(act(batch_norm(input) + residual))``; `residual` has the shape and dtype of `input`."""
         # Not left to functional: without running statistics it is told `training` in evaluation mode too.
         act = self.act if self.training else self.act.in_evaluation()
         return self._fused(input, residual, act, self.drop_p, self.drop_mode)
 
     def extra_repr(self) -> str:
+        """The description that torch gives of a BatchNorm, and what is fused with it."""
         return f"{super().extra_repr()}, act={self.act.name}, drop_p={self.drop_p}, drop_mode={self.drop_mode!r}"
 
 
@@ -106,12 +109,21 @@ def _dropout_of(layer: DropLayer, p: float | None, mode: str | None) -> tuple[fl
 
 
 class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
-    __doc__ = _BatchNormAct.__doc__
+    """BatchNorm1d, residual add, activation and dropout in one kernel each way.
+
+    For (N, C) or (N, C, L). Arguments: see `_BatchNormAct`, its base.
+    """
 
 
 class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
-    __doc__ = _BatchNormAct.__doc__
+    """BatchNorm2d, residual add, activation and dropout in one kernel each way.
+
+    For (N, C, H, W), contiguous or channels_last. Arguments: see `_BatchNormAct`, its base.
+    """
 
 
 class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
-    __doc__ = _BatchNormAct.__doc__
+    """BatchNorm3d, residual add, activation and dropout in one kernel each way.
+
+    For (N, C, D, H, W), contiguous or channels_last_3d. Arguments: see `_BatchNormAct`, its base.
+    """

@@ -14,6 +14,7 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        """Drops in training; gives back `input` in evaluation mode."""
         return functional.dropout(input, self.p, self.training, self.inplace)
 
 
@@ -21,6 +22,7 @@ class Dropout1d(nn.Dropout1d):
     """`torch.nn.Dropout1d`: drops channels of (N, C, L), or of (C, L). The same mask for the same seed."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Drops in training; gives back `input` in evaluation mode."""
         return functional.dropout1d(input, self.p, self.training, self.inplace)
 
 
@@ -28,6 +30,7 @@ class Dropout2d(nn.Dropout2d):
     """`torch.nn.Dropout2d`: drops channels of (N, C, H, W). The same mask for the same seed."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Drops in training; gives back `input` in evaluation mode."""
         return functional.dropout2d(input, self.p, self.training, self.inplace)
 
 
@@ -35,4 +38,5 @@ class Dropout3d(nn.Dropout3d):
     """`torch.nn.Dropout3d`: drops channels of (N, C, D, H, W), or of (C, D, H, W). The same mask for the same seed."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Drops in training; gives back `input` in evaluation mode."""
         return functional.dropout3d(input, self.p, self.training, self.inplace)

@@ -9,8 +9,8 @@
 namespace fastlayers {
 inline namespace FASTLAYERS_ISA {
 
-// Count, mean and sum of squared deviations from the mean of a set of values; V is double, or a vector of doubles for as
-// many sets of the same count.
+// Count, mean and sum of squared deviations from the mean of a set of values; V is double, or a vector of doubles for
+// as many sets of the same count.
 template <class V>
 struct BasicMoments {
   double count = 0;

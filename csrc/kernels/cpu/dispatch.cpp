@@ -70,7 +70,9 @@ std::atomic<Capability>& chosen() {
 
 }  // namespace
 
-Capability capability() { return chosen().load(std::memory_order_relaxed); }
+Capability capability() {
+  return chosen().load(std::memory_order_relaxed);
+}
 
 bool set_capability(Capability wanted) {
   if (!runs_here(wanted)) return false;
@@ -79,8 +81,10 @@ bool set_capability(Capability wanted) {
 }
 
 const Kernels& kernels(Dtype dtype) {
-#define FASTLAYERS_TABLE(isa) \
-  {&kernels_##isa##_f32, &kernels_##isa##_f64, &kernels_##isa##_bf16, &kernels_##isa##_f16}
+#define FASTLAYERS_TABLE(isa)                                                               \
+  {                                                                                         \
+    &kernels_##isa##_f32, &kernels_##isa##_f64, &kernels_##isa##_bf16, &kernels_##isa##_f16 \
+  }
   static const Kernels* const baseline[] = FASTLAYERS_TABLE(baseline);
   const auto index = static_cast<int>(dtype);
   switch (capability()) {

@@ -98,7 +98,9 @@ void finish_statistics(const ForwardArgs& args, std::int64_t c, const Moments& m
   args.variance[c] = variance;
 }
 
-FL_INLINE bool needs_sums(const BackwardArgs& args) { return args.training || args.grad_weight || args.grad_bias; }
+FL_INLINE bool needs_sums(const BackwardArgs& args) {
+  return args.training || args.grad_weight || args.grad_bias;
+}
 
 // Stores a channel's parameter gradients and returns what its input gradient needs.
 template <class S>

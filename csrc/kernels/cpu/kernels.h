@@ -57,7 +57,7 @@ struct ForwardArgs {
   Keep keep;
   Source input, residual;  // residual.data may be null
   Target output;
-  std::uint8_t* flat_bits = nullptr;  // where a two-valued derivative is small, for backward; may be null
+  std::uint8_t* flat_bits = nullptr;              // where a two-valued derivative is small, for backward; may be null
   const void *weight = nullptr, *bias = nullptr;  // compute type
   void *mean = nullptr, *invstd = nullptr;        // compute type; written in training, read otherwise
   double* variance = nullptr;                     // biased; written in training
@@ -70,9 +70,9 @@ struct BackwardArgs {
   Geometry geometry;
   ActivationSpec activation;
   Keep keep;
-  Source grad_output, input, residual;       // residual.data may be null
-  const std::uint8_t* flat_bits = nullptr;   // instead of the residual, for two-valued derivatives
-  Target grad_input, grad_residual;          // data may be null where not wanted
+  Source grad_output, input, residual;                  // residual.data may be null
+  const std::uint8_t* flat_bits = nullptr;              // instead of the residual, for two-valued derivatives
+  Target grad_input, grad_residual;                     // data may be null where not wanted
   double *grad_weight = nullptr, *grad_bias = nullptr;  // null where not wanted
   const void *weight = nullptr, *bias = nullptr, *mean = nullptr, *invstd = nullptr;  // compute type
   bool training = false;

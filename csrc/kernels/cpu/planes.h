@@ -2,8 +2,8 @@
 //
 // A channel is one unit of work: its planes are walked once for the statistics and, in reverse, once more to write the
 // result, so that the second walk starts with what is still in cache and, where a channel fits, finds all of it there.
-// Where channels are few, each is split into spans that different threads take, and the walks become two parallel loops.
-// The split depends on the shape alone, so the result does not depend on the number of threads.
+// Where channels are few, each is split into spans that different threads take, and the walks become two parallel
+// loops. The split depends on the shape alone, so the result does not depend on the number of threads.
 #pragma once
 
 #include <cmath>
@@ -122,7 +122,8 @@ FL_INLINE void for_each_chunk(std::int64_t length, F&& f) {
 // chunk's own mean, the total variance is large too, so what cancels does not matter. The first chunk is shifted by its
 // own mean, and no chunk has more elements than all before it.
 template <class T, class A>
-__attribute__((noinline)) Moments plane_moments(const Source& x, std::int64_t channel, Span span, std::int64_t spatial) {
+__attribute__((noinline)) Moments plane_moments(const Source& x, std::int64_t channel, Span span,
+                                                std::int64_t spatial) {
   const T* start = static_cast<const T*>(x.data) + channel * x.inner;
   Moments total;
   ShiftedSums<T, A> sums(0);
@@ -211,9 +212,8 @@ class PlanesForward {
     };
     if (args_.training) {
       Scratch<Moments> parts(channels * split_.spans);
-      each_span([&](std::int64_t i, std::int64_t c, Span s) {
-        parts[i] = plane_moments<T>(args_.input, c, s, spatial());
-      });
+      each_span(
+          [&](std::int64_t i, std::int64_t c, Span s) { parts[i] = plane_moments<T>(args_.input, c, s, spatial()); });
       for (std::int64_t c = 0; c < channels; ++c) {
         Moments total;
         for (std::int64_t s = 0; s < split_.spans; ++s) total.merge(parts[c * split_.spans + s]);
@@ -238,9 +238,8 @@ class PlanesForward {
       }
       const ForwardRun<T> run{piece_start<T>(args_.input, p, c), piece_start<T>(args_.residual, p, c), output,
                               advance(args_.flat_bits, masks.bits)};
-      for_each_vector(p.length, [&](std::int64_t i, auto lanes) {
-        fused_.forward(run, i, k, masks.kept<S>(i, lanes), lanes);
-      });
+      for_each_vector(p.length,
+                      [&](std::int64_t i, auto lanes) { fused_.forward(run, i, k, masks.kept<S>(i, lanes), lanes); });
     });
   }
 

@@ -1,9 +1,10 @@
 // Kernels for tensors made of rows: the channels of one sample and position are adjacent.
 //
-// A tile of rows is swept row by row with the sums of all its channels beside it in the first-level cache. Large tensors
-// are cut into tiles of rows, whose sums are merged between two parallel loops; the second loop walks each tile in
-// reverse, starting with what is still in cache. Small ones are cut by channels only, so that a thread finishes its
-// channels alone and in cache. The cut depends on the shape alone, so the result does not depend on the number of threads.
+// A tile of rows is swept row by row with the sums of all its channels beside it in the first-level cache. Large
+// tensors are cut into tiles of rows, whose sums are merged between two parallel loops; the second loop walks each tile
+// in reverse, starting with what is still in cache. Small ones are cut by channels only, so that a thread finishes its
+// channels alone and in cache. The cut depends on the shape alone, so the result does not depend on the number of
+// threads.
 #pragma once
 
 #include "planes.h"
@@ -95,6 +96,7 @@ struct RowMasks {
   std::int64_t bits;
   const std::uint8_t *keep_bits, *keep_channels;
 
+  RowMasks() = default;
   RowMasks(const Geometry& g, const Keep& keep, std::int64_t row, std::int64_t channel) {
     bits = row * g.mask_stride() + channel / 8;
     keep_bits = advance(keep.bits, bits);
@@ -118,7 +120,8 @@ struct TileMoments {
   }
 };
 
-// Sums of (x - shift) and its square for each channel of a tile, in vectors of A: float, or double where float overflows.
+// Sums of (x - shift) and its square for each channel of a tile, in vectors of A: float, or double where float
+// overflows.
 template <class T, class A>
 class RowSums {
  public:
@@ -145,8 +148,8 @@ class RowSums {
     BasicMoments<D> merged;
     for (std::int64_t v = 0; v * kLanes < tile_.channels; ++v) {
       merged = {total.count, total.mean[v], total.squares[v]};
-      merged.merge(BasicMoments<D>::from_shifted(count, convert<D>(shift_[v]), convert<D>(sum_[v]),
-                                                 convert<D>(square_[v])));
+      merged.merge(
+          BasicMoments<D>::from_shifted(count, convert<D>(shift_[v]), convert<D>(sum_[v]), convert<D>(square_[v])));
       total.mean[v] = merged.mean;
       total.squares[v] = merged.squares;
     }
@@ -178,7 +181,9 @@ class RowSums {
   ChannelArray<A> shift_, sum_, square_;
 };
 
-FL_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+FL_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
 
 // As plane_moments: one pass, each chunk shifted by the mean of all rows before it, the first by its own.
 template <class T, class A>
@@ -346,7 +351,7 @@ class RowsBackward {
   }
 
  private:
-  static constexpr int kRowsAtOnce = 4;
+  static constexpr std::int64_t kRowsAtOnce = 4;
 
   template <class F>
   void each_tile(const F& f) const {
@@ -362,13 +367,12 @@ class RowsBackward {
   __attribute__((noinline)) TileGradientSums<S> sums(const Tile& t) const {
     const RowAffine<S> k(args_, t);
     TileGradientSums<S> s(t);
-    std::int64_t row = t.begin, since_carry = 0;
-    while (row < t.end) {
-      const bool many = row + kRowsAtOnce <= t.end;
-      many ? add_rows<kRowsAtOnce>(row, t, k, s) : add_rows<1>(row, t, k, s);
-      row += many ? kRowsAtOnce : 1;
-      since_carry += kRowsAtOnce;
-      if (since_carry >= kFloatAdditions || row == t.end) {
+    std::int64_t since_carry = 0;
+    for (std::int64_t row = t.begin; row < t.end; row += kRowsAtOnce) {
+      const std::int64_t rows = smaller(kRowsAtOnce, t.end - row);
+      add_rows(row, rows, t, k, s);
+      since_carry += rows;
+      if (since_carry >= kFloatAdditions || row + rows == t.end) {
         s.carry();
         since_carry = 0;
       }
@@ -376,16 +380,23 @@ class RowsBackward {
     return s;
   }
 
-  template <int kRows>
-  FL_INLINE void add_rows(std::int64_t row, const Tile& t, const RowAffine<S>& k, TileGradientSums<S>& s) const {
+  void add_rows(std::int64_t row, std::int64_t rows, const Tile& t, const RowAffine<S>& k,
+                TileGradientSums<S>& s) const {
+    RowMasks masks[kRowsAtOnce];
+    BackwardRun<T> runs[kRowsAtOnce];
+    for (std::int64_t r = 0; r < rows; ++r) {
+      masks[r] = RowMasks(args_.geometry, args_.keep, row + r, t.channel);
+      runs[r] = run_at(row + r, t, masks[r]);
+    }
     for_each_vector(t.channels, [&](std::int64_t i, auto lanes) {
       const Affine<V> affine = k.at(i);
       V grad = s.grad[i / kLanes], grad_deviation = s.grad_deviation[i / kLanes];
-      for (int r = 0; r < kRows; ++r) {
-        const RowMasks masks(args_.geometry, args_.keep, row + r, t.channel);
-        const BackwardRun<T> run = run_at(row + r, t, masks);
-        const V x = load(run.input + i, lanes);
-        const V g = covered<S>(fused_.backward(run, i, x, affine, masks.kept<S>(i, lanes), lanes), lanes);
+// Unrolled, this loop would be half of the whole library.
+#pragma GCC unroll 1
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const V x = load(runs[r].input + i, lanes);
+        const V g =
+            covered<S>(fused_.backward(runs[r], i, x, affine, masks[r].template kept<S>(i, lanes), lanes), lanes);
         grad += g;
         grad_deviation += g * (x - affine.mean);
       }
@@ -408,10 +419,10 @@ class RowsBackward {
         const V x = load(run.input + i, lanes);
         const V g = fused_.backward(run, i, x, affine, masks.kept<S>(i, lanes), lanes);
         if (grad_input) {
-          const V gx = args_.training ? input_gradient(g, x, affine.mean, affine.scale,
-                                                       load(by_deviation + t.channel + i, lanes),
-                                                       load(constant + t.channel + i, lanes))
-                                      : g * affine.scale;
+          const V gx = args_.training
+                           ? input_gradient(g, x, affine.mean, affine.scale, load(by_deviation + t.channel + i, lanes),
+                                            load(constant + t.channel + i, lanes))
+                           : g * affine.scale;
           store(grad_input + i, gx, lanes);
         }
         if (grad_residual) store(grad_residual + i, g, lanes);

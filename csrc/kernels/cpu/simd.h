@@ -142,11 +142,19 @@ FL_INLINE void store_lanes(void* p, Vec<E> v, FirstLanes lanes) {
 using Half = Vec<std::uint16_t>;
 using Word = Vec<std::uint32_t>;
 
-FL_INLINE Vec<float> as_float(Word bits) { return reinterpret_cast<Vec<float>>(bits); }
-FL_INLINE Word as_word(Vec<float> v) { return reinterpret_cast<Word>(v); }
-FL_INLINE Word choose(Vec<std::int32_t> mask, Word yes, Word no) { return mask ? yes : no; }
+FL_INLINE Vec<float> as_float(Word bits) {
+  return reinterpret_cast<Vec<float>>(bits);
+}
+FL_INLINE Word as_word(Vec<float> v) {
+  return reinterpret_cast<Word>(v);
+}
+FL_INLINE Word choose(Vec<std::int32_t> mask, Word yes, Word no) {
+  return mask ? yes : no;
+}
 
-FL_INLINE Vec<float> from_bf16(Half h) { return as_float(convert<Word>(h) << 16); }
+FL_INLINE Vec<float> from_bf16(Half h) {
+  return as_float(convert<Word>(h) << 16);
+}
 
 // Round to nearest even; a NaN stays one and keeps its sign.
 FL_INLINE Half to_bf16(Vec<float> v) {

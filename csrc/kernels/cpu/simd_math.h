@@ -89,9 +89,7 @@ struct SimdMath<float> : SimdMathBase<float> {
     return {r + r * r * tail, convert<Vec<std::int32_t>>(n)};
   }
 
-  FL_INLINE static V scale(V v, Vec<std::int32_t> exponent) {
-    return v * reinterpret_cast<V>((exponent + 127) << 23);
-  }
+  FL_INLINE static V scale(V v, Vec<std::int32_t> exponent) { return v * reinterpret_cast<V>((exponent + 127) << 23); }
 
   template <class... Rest>
   FL_INLINE static V horner(V x, double highest, Rest... rest) {
@@ -103,18 +101,22 @@ struct SimdMath<float> : SimdMathBase<float> {
 
 template <>
 struct SimdMath<double> : SimdMathBase<double> {
-  FL_INLINE static V exp(V x) { return lanewise(x, [](double v) { return std::exp(v); }); }
-  FL_INLINE static V expm1(V x) { return lanewise(x, [](double v) { return std::expm1(v); }); }
-  FL_INLINE static V log1p(V x) { return lanewise(x, [](double v) { return std::log1p(v); }); }
-  FL_INLINE static V tanh(V x) { return lanewise(x, [](double v) { return std::tanh(v); }); }
-  FL_INLINE static V erf(V x) { return lanewise(x, [](double v) { return std::erf(v); }); }
+  FL_INLINE static V exp(V x) { return lanewise<std::exp>(x); }
+  FL_INLINE static V expm1(V x) { return lanewise<std::expm1>(x); }
+  FL_INLINE static V log1p(V x) { return lanewise<std::log1p>(x); }
+  FL_INLINE static V tanh(V x) { return lanewise<std::tanh>(x); }
+  FL_INLINE static V erf(V x) { return lanewise<std::erf>(x); }
 
  private:
-  template <class F>
-  FL_INLINE static V lanewise(V x, F f) {
-    V result;
-    for (int i = 0; i < kLanes; ++i) result[i] = f(x[i]);
-    return result;
+  template <double (*f)(double)>
+  FL_INLINE static V lanewise(V x) {
+    each_lane(reinterpret_cast<double*>(&x), f);
+    return x;
+  }
+
+  // Out of line, or its kLanes calls would be most of the library.
+  __attribute__((noinline)) static void each_lane(double* x, double (*f)(double)) {
+    for (int i = 0; i < kLanes; ++i) x[i] = f(x[i]);
   }
 };
 

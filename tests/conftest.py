@@ -1,0 +1,50 @@
+"""Options, parameters and fixtures that all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastlayers as fl
+
+CAPABILITIES = ("avx512", "avx2", "baseline")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of the tests that take one: cpu (default) or cuda")
+
+
+@pytest.hookimpl(trylast=True)  # so that the instruction sets take turns on the same sample
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that take `capability` run once per instruction set of the CPU kernels; on other devices, once."""
+    if "capability" in metafunc.fixturenames:
+        on_cpu = metafunc.config.getoption("--device") == "cpu"
+        metafunc.parametrize("capability", CAPABILITIES if on_cpu else ("",), indirect=True)
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    return torch.device(pytestconfig.getoption("--device"))
+
+
+@pytest.fixture
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Has the CPU kernels of one instruction set serve the test."""
+    name: str = request.param
+    if not name:
+        yield name
+        return
+    previous = fl.ops.cpu_capability()
+    try:
+        fl.ops.set_cpu_capability(name)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield name
+    fl.ops.set_cpu_capability(previous)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    torch.manual_seed(0)

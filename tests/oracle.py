@@ -1,0 +1,136 @@
+"""The oracle: what is right (fl.reference in float64), what torch's own layers give, and how far off we may be."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastlayers as fl
+from fastlayers import activations
+from tests.cases import ACTIVATIONS, SEED, Case, Sample, make_sample, reference_of
+
+Results = dict[str, Tensor]
+
+#: Floor of the tolerance, in units in the last place of a result's largest magnitude.
+FLOOR_ULPS = 2
+#: In float64 the oracle's own rounding adds to that.
+FLOOR_ULPS_FLOAT64 = 16
+
+
+def tolerance(exact: Tensor, eager: Tensor) -> float:
+    """The largest error allowed of a result: twice eager's own, plus a floor.
+
+    The floor is for results that eager gets exactly right by luck or by doing less (a copy, one rounding): a correctly
+    rounded result is off by half a unit in the last place, and sums taken in another order by one or two. It is
+    measured at the largest magnitude, as is the error of a sum whose terms cancel.
+    """
+    magnitude = exact.abs().max().item()
+    eager_error = (eager.double() - exact).abs().max().item()
+    floor = FLOOR_ULPS_FLOAT64 if eager.dtype == torch.float64 else FLOOR_ULPS
+    return 2 * eager_error + floor * torch.finfo(eager.dtype).eps * magnitude
+
+
+def assert_close(name: str, got: Tensor, exact: Tensor, eager: Tensor) -> None:
+    """`got` has eager's dtype and shape, is not finite where `exact` rounded to it is not, and as close as `tolerance`."""
+    assert got.dtype == eager.dtype, name
+    assert got.shape == eager.shape, name
+    if got.numel() == 0:
+        return
+    rounded = exact.to(got.dtype)
+    finite = rounded.isfinite() & eager.isfinite()
+    torch.testing.assert_close(got[~finite], eager[~finite], rtol=0, atol=0, equal_nan=True)
+    if not finite.any():
+        return
+    error = (got.double() - exact)[finite].abs()
+    allowed = tolerance(exact[finite], eager[finite])
+    assert error.max().item() <= allowed, (
+        f"{name}: error {error.max().item():.3g} where {allowed:.3g} is allowed "
+        f"(eager's own: {(eager.double() - exact)[finite].abs().max().item():.3g}, "
+        f"largest magnitude: {exact[finite].abs().max().item():.3g})"
+    )
+
+
+def fused(sample: Sample) -> Tensor:
+    """The operator under test, through the public function."""
+    case = sample.case
+    torch.manual_seed(SEED)
+    return fl.functional.batch_norm_act(
+        sample.input, sample.running_mean, sample.running_var, sample.weight, sample.bias,
+        case.training, case.momentum, case.eps,
+        residual=sample.residual, act=ACTIVATIONS[case.act], drop_p=case.drop_p, drop_mode=case.drop_mode,
+        num_batches_tracked=sample.num_batches_tracked,
+    )
+
+
+def eager(sample: Sample) -> Tensor:
+    """The same by torch's own layers, one after the other."""
+    case = sample.case
+    momentum = case.momentum
+    if case.training and sample.num_batches_tracked is not None:
+        sample.num_batches_tracked.add_(1)
+        momentum = 1 / sample.num_batches_tracked.item() if momentum is None else momentum
+    y = F.batch_norm(
+        sample.input, sample.running_mean, sample.running_var, sample.weight, sample.bias,
+        case.training, 0.0 if momentum is None else momentum, case.eps,
+    )
+    if sample.residual is not None:
+        y = y + sample.residual
+    y = ACTIVATIONS[case.act](y)
+    return y if sample.mask is None else y * _noise(sample, y)
+
+
+def _noise(sample: Sample, y: Tensor) -> Tensor:
+    """What F.dropout2d and F.dropout multiply by."""
+    assert sample.mask is not None
+    noise = sample.mask.to(y.dtype)
+    if sample.case.drop_p < 1:
+        noise = noise.div_(1 - sample.case.drop_p)
+    return noise if noise.shape == y.shape else noise.reshape(noise.shape + (1,) * (y.dim() - 2))
+
+
+def exact(sample: Sample) -> Tensor:
+    """The definition, to be run on a sample in float64."""
+    return reference_of(sample, activations.resolve(ACTIVATIONS[sample.case.act]))
+
+
+def run(operator: Callable[[Sample], Tensor], sample: Sample) -> Results:
+    """Output, gradients of all that has one, and the state afterwards."""
+    output = operator(sample)
+    sources = {
+        name: t
+        for name in ("input", "residual", "weight", "bias")
+        if (t := getattr(sample, name)) is not None and t.requires_grad
+    }
+    gradients = torch.autograd.grad(output, list(sources.values()), sample.grad_output)
+    results = {"output": output.detach()}
+    results |= {f"gradient of {name}": g for name, g in zip(sources, gradients, strict=True)}
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        if (t := getattr(sample, name)) is not None:
+            results[name] = t
+    return results
+
+
+@functools.lru_cache(maxsize=4)
+def expected(case: Case, device: torch.device) -> tuple[Sample, Results, Results]:
+    """The sample of `case`, its exact results (float64) and eager's; kept for the instruction sets that follow."""
+    sample = make_sample(case, device)
+    return sample, run(exact, sample.fresh(torch.float64)), run(eager, sample.fresh())
+
+
+def check(case: Case, device: torch.device) -> None:
+    """Runs the operator under test on `case` and compares all that comes out."""
+    sample, exact_results, eager_results = expected(case, device)
+    results = run(fused, sample.fresh())
+    assert results.keys() == exact_results.keys()
+    for name, got in results.items():
+        if name == "num_batches_tracked":
+            assert torch.equal(got, eager_results[name])
+        else:
+            assert_close(name, got, exact_results[name], eager_results[name])
+    like = torch.empty_like(sample.input)
+    assert results["output"].stride() == like.stride()
+    assert results["gradient of input"].stride() == like.stride()

@@ -1,0 +1,315 @@
+"""The build: which torch it finds, what it says when something is missing, and what it leaves in the library."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+from collections import defaultdict
+from pathlib import Path
+
+import cmake_call
+import fastlayers_build
+import pytest
+import target_torch
+import torch
+
+import fastlayers as fl
+
+ROOT = cmake_call.ROOT
+PACKAGE = Path(fl.__file__).parent
+LIBRARY = PACKAGE / "_C.abi3.so"
+TORCH = Path(torch.__file__).parent
+
+
+def make_torch(folder: Path, version: str = "2.13.0+cpu") -> Path:
+    """A package that looks like torch to the build."""
+    package = folder / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "version.py").write_text(f"__version__ = '{version}'\n")
+    return package
+
+
+def make_environment(folder: Path) -> tuple[Path, Path]:
+    """The interpreter and the site-packages of a new virtual environment without packages."""
+    venv.create(folder, symlinks=True)
+    return folder / "bin" / "python", next(folder.glob("lib/python*/site-packages"))
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> tuple[int, str]:
+    """Exit status and output, both streams, of a command with `env` added to the environment."""
+    done = subprocess.run(
+        command, env=os.environ | (env or {}), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return done.returncode, done.stdout
+
+
+def unwrapped(text: str) -> str:
+    """CMake fills the lines of its messages."""
+    return " ".join(text.split())
+
+
+class TestTorchToBuildAgainst:
+    def test_is_the_first_on_the_path(self, tmp_path: Path) -> None:
+        first, second = make_torch(tmp_path / "a"), make_torch(tmp_path / "b")
+        assert target_torch.find_torch([str(tmp_path), str(first.parent), str(second.parent)]) == first
+
+    def test_is_no_folder_that_an_uninstalled_one_left(self, tmp_path: Path) -> None:
+        (tmp_path / "torch" / "__pycache__").mkdir(parents=True)
+        assert target_torch.find_torch([str(tmp_path)]) is None
+
+    def test_is_that_of_the_target_environment_when_the_build_is_isolated(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        python, site = make_environment(tmp_path / "target")
+        expected = make_torch(site)
+        monkeypatch.setattr(sys, "executable", str(python))
+        # As pip isolates: the build's own packages come first, by PYTHONPATH.
+        monkeypatch.setenv("PYTHONPATH", str(make_torch(tmp_path / "isolated").parent))
+        assert target_torch.find_torch() == expected
+
+    def test_is_that_of_the_active_environment_when_the_frontend_uses_another_interpreter(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        build_python, _ = make_environment(tmp_path / "build")
+        _, site = make_environment(tmp_path / "active")
+        expected = make_torch(site)
+        monkeypatch.setattr(sys, "executable", str(build_python))
+        monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "active"))
+        assert target_torch.find_torch() == expected
+
+    def test_is_asked_for_only_where_there_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert fastlayers_build._torch_requirement() == []
+        monkeypatch.setattr(fastlayers_build, "find_torch", lambda: None)
+        assert fastlayers_build._torch_requirement() == ["torch>=2.11"]
+
+
+class TestMessages:
+    """What the user reads when the build cannot work."""
+
+    def configure(self, folder: Path, *options: str, **env: str) -> str:
+        """What CMake says, failing, in a build folder of its own."""
+        status, output = run(
+            cmake_call._program("cmake"),
+            *("-S", ROOT, "-B", folder / "build", "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={cmake_call._program('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DFASTLAYERS_TORCH_ROOT={TORCH}",
+            *options,
+            env=env,
+        )
+        assert status != 0, output
+        return unwrapped(output)
+
+    @pytest.mark.parametrize(("variable", "language"), [("CC", "C"), ("CXX", "C++")])
+    def test_compiler_that_does_not_work(self, tmp_path: Path, variable: str, language: str) -> None:
+        output = self.configure(tmp_path, **{variable: "/bin/false"})
+        assert f"no {language} compiler works here" in output
+        assert "apt install g++" in output
+        assert f"{variable}='/bin/false'" in output
+
+    def test_compiler_without_cxx20(self, tmp_path: Path) -> None:
+        compiler = tmp_path / "old-c++"
+        compiler.write_text('#!/bin/sh\ncase "$*" in *c++20*|*c++2a*) exit 1;; esac\nexec c++ "$@"\n')
+        compiler.chmod(0o755)
+        output = self.configure(tmp_path, CXX=str(compiler))
+        assert f"C++20, which {compiler}" in output
+        assert "g++ 11 or clang 14" in output
+
+    def test_torch_too_old(self, tmp_path: Path) -> None:
+        old = make_torch(tmp_path, "2.9.1+cu128")
+        output = self.configure(tmp_path, f"-DFASTLAYERS_TORCH_ROOT={old}")
+        assert "needs torch 2.11 or newer; found torch 2.9.1+cu128" in output
+        assert 'pip install --upgrade "torch>=2.11"' in output
+
+    def test_no_torch(self, tmp_path: Path) -> None:
+        output = self.configure(tmp_path, f"-DFASTLAYERS_TORCH_ROOT={tmp_path}")
+        assert f"FASTLAYERS_TORCH_ROOT='{tmp_path}' is no torch package" in output
+
+    def test_cuda_demanded_where_it_cannot_be(self, tmp_path: Path) -> None:
+        output = self.configure(tmp_path, "-DFASTLAYERS_CUDA=1", CUDACXX="/bin/false")
+        assert "FASTLAYERS_CUDA=1 asks for CUDA kernels, but" in output
+
+    def test_unknown_value_of_fastlayers_cuda(self, tmp_path: Path) -> None:
+        output = self.configure(tmp_path, "-DFASTLAYERS_CUDA=yes")
+        assert "FASTLAYERS_CUDA='yes': allowed are auto (CUDA kernels where nvcc works), 0 and 1" in output
+
+    def test_unsupported_platform(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "platform", "darwin")
+        with pytest.raises(SystemExit, match="cannot be built on darwin"):
+            fastlayers_build._torch_requirement()
+
+    @pytest.mark.parametrize("value", ["0", "-1", "many"])
+    def test_bad_max_jobs(self, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+        monkeypatch.setenv("MAX_JOBS", value)
+        with pytest.raises(SystemExit, match=f"MAX_JOBS='{value}': a positive number"):
+            cmake_call._jobs()
+
+    def test_missing_build_tool(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(SystemExit, match="no-such-tool is missing: pip install no-such-tool"):
+            cmake_call._program("no-such-tool")
+
+
+class TestCudaArchitectures:
+    def parse(self, folder: Path, value: str, nvcc: str = "13.0") -> tuple[int, str]:
+        script = folder / "parse.cmake"
+        script.write_text(
+            f'include("{ROOT}/cmake/CudaArchs.cmake")\n'
+            f'fastlayers_cuda_archs(archs "{value}" {nvcc})\n'
+            'message(NOTICE "${archs}")\n'
+        )
+        return run(cmake_call._program("cmake"), "-P", script)
+
+    @pytest.mark.parametrize(
+        ("value", "expected"),
+        [
+            ("8.0", "80-real"),
+            ("8.0;9.0+PTX", "80-real;90"),
+            ("7.5 8.6,10.0+PTX", "75-real;86-real;100"),
+            ("9.0a;12.0f", "90a-real;120f-real"),
+            ("", "75-real;80-real;90-real;100"),
+        ],
+    )
+    def test_torch_syntax(self, tmp_path: Path, value: str, expected: str) -> None:
+        assert self.parse(tmp_path, value) == (0, expected + "\n")
+
+    def test_default_leaves_out_what_an_older_nvcc_does_not_know(self, tmp_path: Path) -> None:
+        assert self.parse(tmp_path, "", nvcc="12.4") == (0, "75-real;80-real;90\n")
+
+    def test_bad_entry(self, tmp_path: Path) -> None:
+        status, output = self.parse(tmp_path, "8.0;Hopper")
+        assert status != 0
+        assert "TORCH_CUDA_ARCH_LIST: 'Hopper' is not a compute capability" in unwrapped(output)
+
+
+class TestLibraryThatDoesNotLoad:
+    @pytest.fixture
+    def package(self, tmp_path: Path) -> Path:
+        """A copy of the package, without the library."""
+        copy = tmp_path / "fastlayers"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        return copy
+
+    def error(self, package: Path, before: str = "") -> str:
+        """How `import fastlayers` fails."""
+        program = f"import torch; {before}\nimport fastlayers"
+        status, output = run(sys.executable, "-c", program, env={"PYTHONPATH": str(package.parent)}, cwd=package.parent)
+        assert status != 0
+        assert "ImportError: fastlayers cannot load its compiled library" in output
+        assert f"installed torch: {torch.__version__}" in output or before
+        return output
+
+    def test_missing(self, package: Path) -> None:
+        output = self.error(package)
+        assert "_C.abi3.so: cannot open shared object file" in output
+        assert f"built against:   torch {fl.ops.build_info()['torch_built_against']}, for torch >= 2.11" in output
+        assert "pip install --force-reinstall --no-cache-dir --no-deps fastlayers" in output
+
+    def test_never_built(self, package: Path) -> None:
+        (package / "build_info.json").unlink()
+        (package.parent / "CMakeLists.txt").touch()
+        output = self.error(package)
+        assert "never built" in output
+        assert f'cd "{package.parent}" && pip install -e .' in output
+
+    def test_corrupted(self, package: Path) -> None:
+        (package / LIBRARY.name).write_bytes(b"no library" * 1000)
+        assert f"{LIBRARY.name}: invalid ELF header" in self.error(package)
+
+    def test_torch_too_old(self, package: Path) -> None:
+        output = self.error(package, before="torch.__version__ = '2.9.1'")
+        assert "installed torch: 2.9.1" in output
+        assert 'to mend it:      pip install --upgrade "torch>=2.11"' in output
+
+
+class TestWhatWasBuilt:
+    def test_build_info(self) -> None:
+        info = fl.ops.build_info()
+        assert info["torch_target"] == "2.11"
+        assert torch.torch_version.TorchVersion(info["torch_built_against"]) >= info["torch_target"]
+        assert "baseline" in info["isas"]
+        assert info["compiler"].split()[0] in ("GNU", "Clang")
+        assert bool(info["cuda_archs"]) != bool(info["why_no_cuda"])
+
+    def test_version(self) -> None:
+        assert importlib.metadata.version("fastlayers") == fl.__version__
+
+    def test_stable_abi_is_all_that_is_used_of_torch(self) -> None:
+        status, symbols = run(tool("nm"), "-D", "--undefined-only", LIBRARY)
+        assert status == 0
+        assert "aoti_torch" in symbols
+        # C++ names of at::, c10::, caffe2:: and torch::, which differ from one torch to the next.
+        unstable = [s for s in symbols.split() if s.startswith(("_ZN2at", "_ZN3c10", "_ZN6caffe2", "_ZN5torch"))]
+        assert unstable == []
+
+    def test_own_symbols_stay_inside(self) -> None:
+        status, symbols = run(tool("nm"), "-D", "--defined-only", LIBRARY)
+        assert status == 0
+        assert "PyInit__C" in symbols
+        assert [s for s in symbols.split() if "fastlayers" in s or "cuda" in s] == []
+
+    def test_library_is_tied_to_no_path(self) -> None:
+        status, dynamic = run(tool("readelf"), "-d", LIBRARY)
+        assert status == 0
+        assert "libtorch.so" in dynamic
+        assert "RPATH" not in dynamic
+        assert "RUNPATH" not in dynamic
+
+    def test_source_distribution_is_complete(self, tmp_path: Path) -> None:
+        program = "import sys, fastlayers_build; fastlayers_build.build_sdist(sys.argv[1])"
+        env = {"PYTHONPATH": str(ROOT / "build_backend")}
+        status, output = run(sys.executable, "-c", program, tmp_path, env=env, cwd=ROOT)
+        assert status == 0, output
+        with tarfile.open(next(tmp_path.glob("fastlayers-*.tar.gz"))) as archive:
+            packed = {name.partition("/")[2] for name in archive.getnames()}
+        folders = ("build_backend", "cmake", "csrc", "fastlayers", "tests")
+        made = ("_C.abi3.so", "build_info.json")
+        files = {str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob("*.*") if p.is_file()}
+        missing = {f for f in files - packed if "__pycache__" not in f and not f.endswith(made)}
+        assert missing == set()
+        assert not any(f.endswith(made) for f in packed)
+        assert {"CMakeLists.txt", "LICENSE", "README.md", "setup.py", "pyproject.toml"} <= packed
+
+
+class TestInstructionSetsStayApart:
+    """The linker keeps one of several weak definitions of a name: a wrong pick runs code that the processor lacks."""
+
+    # Compiler helpers that end the program; they hold no vector instruction.
+    HARMLESS = ("__clang_call_terminate", "DW.ref.__gxx_personality_v0")
+
+    @pytest.mark.parametrize("isa", fl.ops.build_info()["isas"])
+    def test_weak_symbols(self, isa: str) -> None:
+        objects = list(cmake_call.BUILD_DIR.glob(f"CMakeFiles/fastlayers_cpu_{isa}_*.dir/**/*.o"))
+        if not objects:
+            pytest.skip(f"no object files in {cmake_call.BUILD_DIR}: fastlayers was not built in this checkout")
+        sizes = defaultdict(set)
+        for path in objects:
+            for name, size in weak_symbols(path):
+                sizes[name].add(size)
+        # The namespace as it is in mangled names: its length, then itself.
+        outside = [name for name in sizes if f"{len(isa)}{isa}" not in name and name not in self.HARMLESS]
+        assert outside == []
+        # One name with different code for different storage types: the alias it depends on is not in the name.
+        assert {name: size for name, size in sizes.items() if len(size) > 1} == {}
+
+
+def weak_symbols(path: Path) -> list[tuple[str, str]]:
+    """Mangled name and size of each weak definition in an object file."""
+    status, output = run(tool("nm"), "--defined-only", "--print-size", path)
+    assert status == 0, output
+    fields = [line.split() for line in output.splitlines()]
+    return [(f[3], f[1]) for f in fields if len(f) == 4 and f[2] in "WwVvu"]
+
+
+def tool(name: str) -> str:
+    """Path of a program of binutils, without which nothing here was compiled."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} (binutils) is not installed")
+    return path

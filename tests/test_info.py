@@ -1,0 +1,77 @@
+"""`fastlayers info`: what it says, and what it says where the library does not load."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import fastlayers as fl
+from fastlayers import info
+from fastlayers.cli import main
+
+
+def test_info_shows_versions_build_and_backends() -> None:
+    output = CliRunner().invoke(main, ["info"], catch_exceptions=False).output
+    assert fl.__version__ in output
+    assert torch.__version__ in output
+    assert f"instruction set  {fl.ops.cpu_capability()}" in output
+    for row in fl.backends.explain():
+        assert any(all(cell in line for cell in row) for line in output.splitlines())
+
+
+def test_collect_follows_the_backend_that_is_set() -> None:
+    with fl.use_backend("reference"):
+        facts = info.collect()
+    assert facts["run time"]["backend"] == "reference"
+    assert {row[2] for row in facts["backends"]} == {"reference"}
+
+
+def test_collect_names_the_variable_that_lowers_the_instruction_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FASTLAYERS_CPU_CAPABILITY", "baseline")
+    assert "FASTLAYERS_CPU_CAPABILITY=baseline" in info.collect()["run time"]["instruction set"]
+
+
+def test_render_aligns_columns() -> None:
+    facts = {
+        "versions": {"torch": "2", "fastlayers": "1"},
+        "build": {"isas": ["a", "b"], "cuda_archs": []},
+        "backends": [("dropout", "cpu", "cpp", "fast")],
+    }
+    assert info.render(facts).splitlines() == [
+        "versions",
+        "  torch       2",
+        "  fastlayers  1",
+        "",
+        "build",
+        "  isas        a, b",
+        "  cuda archs  none",
+        "",
+        "  op       device  backend  why",
+        "  dropout  cpu     cpp      fast",
+    ]
+
+
+def test_with_a_damaged_library_it_says_how_to_mend_that(tmp_path: Path) -> None:
+    package = Path(fl.__file__).parent
+    copy = shutil.copytree(package, tmp_path / "fastlayers", ignore=shutil.ignore_patterns("*.so"))
+    (copy / "_C.abi3.so").write_bytes(b"")
+    result = subprocess.run(
+        [sys.executable, "-m", "fastlayers", "info"],
+        cwd=copy.parent,
+        env={**os.environ, "PYTHONPATH": str(copy.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "ImportError: fastlayers cannot load its compiled library" in result.stderr
+    assert "pip install" in result.stderr

@@ -1,0 +1,83 @@
+"""The fused operator against its definition in float64, over shapes, layouts, dtypes and every option."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cases import ACTIVATIONS, Case, pairwise
+from tests.layouts import LAYOUTS
+from tests.oracle import check
+
+f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+# Each with what it is there for.
+SHAPES = [
+    (2, 64),  # two values per channel
+    (7, 5),
+    (16, 100),
+    (5, 2048),  # several blocks of channels
+    (1, 3, 2),  # two values per channel, in planes
+    (6, 1, 9),  # one channel
+    (3, 100, 17),
+    (4, 3, 5, 7),  # odd planes
+    (8, 64, 8, 8),
+    (3, 5, 1, 1),  # planes of one value, which are rows
+    (2, 2048, 3, 2),
+    (2, 5, 3, 4, 5),
+    (2, 64, 2, 3, 1),
+]
+# Large enough for the kernels to split a channel. See PlaneSplit and RowSplit in csrc/kernels/cpu.
+LARGE_SHAPES = [
+    (260, 600),  # tiles of rows, and blocks of channels with a remainder
+    (44001, 3),  # tiles of narrow rows
+    (1, 2, 33001),  # spans within one plane
+    (2, 3, 129, 131),  # spans that end inside a plane
+    (65, 1, 23, 1, 23),  # spans of several planes, one channel
+]
+_DTYPES = [(f32, f32), (f64, f64), (bf16, f32), (bf16, bf16), (f16, f32), (f16, f16)]
+_OPTIONS = {
+    "affine": ["both", "none", "no bias", "frozen weight"],
+    # training, running statistics, momentum
+    "mode": [(True, True, 0.1), (True, True, None), (True, False, 0.1), (False, True, 0.1)],
+    "dropout": [(0.0, "channel"), (0.3, "channel"), (1.0, "channel"), (0.3, "element"), (1.0, "element")],
+}
+
+
+def _case(row: dict[str, Any]) -> Case:
+    dtype, param_dtype = row.pop("dtypes")
+    training, track, momentum = row.pop("mode")
+    drop_p, drop_mode = row.pop("dropout")
+    return Case(**row, dtype=dtype, param_dtype=param_dtype, training=training, track=track, momentum=momentum,
+                drop_p=drop_p, drop_mode=drop_mode)
+
+
+def _cases(**factors: list[Any]) -> list[Case]:
+    return [_case(row) for row in pairwise(factors | _OPTIONS)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    _cases(
+        shape=SHAPES, act=list(ACTIVATIONS), dtypes=_DTYPES,
+        layout=list(LAYOUTS), grad_layout=list(LAYOUTS), residual=[None, *LAYOUTS],
+    ),
+    ids=str,
+)
+def test_every_pair_of_choices(case: Case, device: torch.device, capability: str) -> None:
+    check(case, device)
+
+
+@pytest.mark.parametrize(
+    "case",
+    _cases(
+        shape=LARGE_SHAPES, act=["identity", "relu", "gelu"], dtypes=_DTYPES,
+        layout=["contiguous", "channels_last", "channels_first", "some_channels", "some_channels_last"],
+        grad_layout=["contiguous", "channels_last"], residual=[None, "contiguous"],
+    ),
+    ids=str,
+)
+def test_channels_that_are_split(case: Case, device: torch.device, capability: str) -> None:
+    check(case, device)
