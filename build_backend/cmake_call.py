@@ -69,8 +69,9 @@ def _jobs() -> int:
 
 
 def _run(*arguments: str) -> None:
-    if subprocess.run([_program("cmake"), *arguments]).returncode:
-        raise SystemExit("fastlayers could not be built: the lines above say why.")
+    status = subprocess.run([_program("cmake"), *arguments]).returncode
+    if status != 0:
+        raise SystemExit(f"fastlayers could not be built: the lines above say why (cmake ended with {status}).")
 
 
 def _program(name: str) -> str:

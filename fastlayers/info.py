@@ -81,7 +81,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"  {line}".rstrip() for line in lines)
 
 
-@click.command()
+@click.command(short_help="Versions, what was compiled, and backends.")
 def info() -> None:
     """Shows versions, what was compiled, and which backend serves each op and why."""
     click.echo(render(collect()))

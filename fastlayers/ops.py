@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastlayers import _library
-from fastlayers.dtypes import statistics_dtype
 
 _library.load()
 
@@ -74,7 +73,7 @@ def _(
     save_flat_bits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     output = torch.empty_like(input)
-    mean = input.new_empty(input.shape[1], dtype=statistics_dtype(input))
+    mean = input.new_empty(input.shape[1], dtype=torch.float64)
     flat_bits = input.new_empty(_mask_bytes(output) if save_flat_bits else 0, dtype=torch.uint8)
     return output, mean, torch.empty_like(mean), flat_bits
 

@@ -64,51 +64,19 @@ void update_running(const OptionalTensor& running, double factor, Value value) {
   });
 }
 
-template <class S>
-void load_running_statistics(const Tensor& running_mean, const Tensor& running_var, double eps, S* mean, S* invstd) {
-  const std::int64_t channels = running_mean.numel();
-  const ChannelInput<S> means(running_mean, channels, 0), variances(running_var, channels, 1);
-  for (std::int64_t c = 0; c < channels; ++c) {
-    mean[c] = means.data()[c];
-    invstd[c] = static_cast<S>(1 / std::sqrt(static_cast<double>(variances.data()[c]) + eps));
-  }
-}
-
-// Everything that depends on whether statistics are float or double.
-template <class S>
-void run_forward(ForwardArgs& args, Dtype dtype, const OptionalTensor& weight, const OptionalTensor& bias,
-                 const OptionalTensor& running_mean, const OptionalTensor& running_var, double factor) {
+void load_running_statistics(const Tensor& running_mean, const Tensor& running_var, const ForwardArgs& args) {
   const std::int64_t channels = args.geometry.channels;
-  const ChannelInput<S> weights(weight, channels, 1), biases(bias, channels, 0);
-  args.weight = weights.data();
-  args.bias = biases.data();
-  if (!args.training) {
-    load_running_statistics(*running_mean, *running_var, args.eps, static_cast<S*>(args.mean),
-                            static_cast<S*>(args.invstd));
-    kernels(dtype).batch_norm_act_forward(args);
-    return;
+  const std::vector<double> means = channel_values(running_mean, channels, 0);
+  const std::vector<double> variances = channel_values(running_var, channels, 1);
+  for (std::size_t c = 0; c < means.size(); ++c) {
+    args.mean[c] = means[c];
+    args.invstd[c] = 1 / std::sqrt(variances[c] + args.eps);
   }
-  std::vector<double> variance(static_cast<std::size_t>(channels));
-  args.variance = variance.data();
-  kernels(dtype).batch_norm_act_forward(args);
-  const auto count = static_cast<double>(args.geometry.row_count());
-  const double unbiased = count / (count - 1);
-  update_running(running_mean, factor,
-                 [&](std::int64_t c) { return static_cast<double>(static_cast<S*>(args.mean)[c]); });
-  update_running(running_var, factor, [&](std::int64_t c) { return variance[static_cast<std::size_t>(c)] * unbiased; });
-}
-
-template <class S>
-void run_backward(BackwardArgs& args, Dtype dtype, const OptionalTensor& weight, const OptionalTensor& bias) {
-  const ChannelInput<S> weights(weight, args.geometry.channels, 1), biases(bias, args.geometry.channels, 0);
-  args.weight = weights.data();
-  args.bias = biases.data();
-  kernels(dtype).batch_norm_act_backward(args);
 }
 
 // A gradient that was summed in double, in the dtype of its parameter.
 Tensor channel_gradient(const Tensor& input, const OptionalTensor& parameter, const std::vector<double>& sums) {
-  if (!parameter || sums.empty()) return empty_vector(input, 0, compute_dtype(input));
+  if (!parameter || sums.empty()) return empty_vector(input, 0, ScalarType::Double);
   Tensor grad = empty_vector(input, static_cast<std::int64_t>(sums.size()), parameter->scalar_type());
   with_dtype(grad.scalar_type(), [&](auto element) {
     auto* to = static_cast<decltype(element)*>(grad.mutable_data_ptr());
@@ -136,8 +104,8 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
 
   Tensor output = torch::stable::empty_like(input);
   const Geometry g = geometry_of(output);
-  Tensor mean = empty_vector(input, channels, compute_dtype(input));
-  Tensor invstd = empty_vector(input, channels, compute_dtype(input));
+  Tensor mean = empty_vector(input, channels, ScalarType::Double);
+  Tensor invstd = empty_vector(input, channels, ScalarType::Double);
   Tensor flat_bits = empty_vector(input, save_flat_bits ? g.mask_bytes() : 0, ScalarType::Byte);
   const double factor = training && running_mean ? update_factor(num_batches_tracked, momentum) : 0;
   if (input.numel() == 0) {
@@ -158,13 +126,23 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
   Output out(g, output);
   args.output = out.target();
   args.flat_bits = save_flat_bits ? static_cast<std::uint8_t*>(flat_bits.mutable_data_ptr()) : nullptr;
-  args.mean = mean.mutable_data_ptr();
-  args.invstd = invstd.mutable_data_ptr();
+  const std::vector<double> weights = channel_values(weight, channels, 1), biases = channel_values(bias, channels, 0);
+  args.weight = weights.data();
+  args.bias = biases.data();
+  args.mean = static_cast<double*>(mean.mutable_data_ptr());
+  args.invstd = static_cast<double*>(invstd.mutable_data_ptr());
+  std::vector<double> variance(training ? weights.size() : 0);
+  args.variance = variance.data();
   args.training = training;
   args.eps = eps;
   args.parallel_for = torch_parallel_for;
-  const auto run = computes_in_double(input) ? run_forward<double> : run_forward<float>;
-  run(args, storage_dtype(input), weight, bias, running_mean, running_var, factor);
+  if (!training) load_running_statistics(*running_mean, *running_var, args);
+  kernels(storage_dtype(input)).batch_norm_act_forward(args);
+  if (training) {
+    const auto count = static_cast<double>(g.row_count());
+    update_running(running_mean, factor, [&](std::int64_t c) { return args.mean[c]; });
+    update_running(running_var, factor, [&](std::int64_t c) { return args.variance[c] * (count / (count - 1)); });
+  }
   return {out.finish(), mean, invstd, flat_bits};
 }
 
@@ -181,8 +159,8 @@ FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor 
   check_channel_vector("bias", bias, channels);
   for (const auto& [name, t] : {std::pair{"mean", &mean}, std::pair{"invstd", &invstd}}) {
     check_channel_vector(name, *t, channels);
-    STD_TORCH_CHECK(t->scalar_type() == compute_dtype(input) && t->is_contiguous(), name,
-                    " should be contiguous and of the dtype that batch_norm_act_fwd returned");
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Double && t->is_contiguous(), name,
+                    " should be contiguous and float64, as batch_norm_act_fwd returns it");
   }
 
   // Its strides decide the layout even where the gradient itself is not wanted.
@@ -208,12 +186,14 @@ FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor 
     if (residual_grad) args.grad_residual = residual_out.emplace(g, grad_residual).target();
     args.grad_weight = affine_grad ? grad_weight.data() : nullptr;
     args.grad_bias = affine_grad ? grad_bias.data() : nullptr;
-    args.mean = mean.const_data_ptr();
-    args.invstd = invstd.const_data_ptr();
+    const std::vector<double> weights = channel_values(weight, channels, 1), biases = channel_values(bias, channels, 0);
+    args.weight = weights.data();
+    args.bias = biases.data();
+    args.mean = static_cast<const double*>(mean.const_data_ptr());
+    args.invstd = static_cast<const double*>(invstd.const_data_ptr());
     args.training = training;
     args.parallel_for = torch_parallel_for;
-    const auto run = computes_in_double(input) ? run_backward<double> : run_backward<float>;
-    run(args, storage_dtype(input), weight, bias);
+    kernels(storage_dtype(input)).batch_norm_act_backward(args);
     if (input_out) input_out->finish();
     if (residual_out) residual_out->finish();
   }

@@ -183,6 +183,18 @@ Tensor Output::finish() {
   return result_;
 }
 
+std::vector<double> channel_values(const OptionalTensor& t, std::int64_t channels, double missing) {
+  std::vector<double> values(static_cast<std::size_t>(channels), missing);
+  if (!t) return values;
+  const std::int64_t stride = t->stride(0);
+  with_dtype(t->scalar_type(), [&](auto element) {
+    const auto* from = static_cast<const decltype(element)*>(t->const_data_ptr());
+    for (std::int64_t c = 0; c < channels; ++c)
+      values[static_cast<std::size_t>(c)] = static_cast<double>(from[c * stride]);
+  });
+  return values;
+}
+
 void torch_parallel_for(std::int64_t count, std::int64_t grain, const void* context,
                         void (*task)(const void* context, std::int64_t begin, std::int64_t end)) {
   torch::stable::parallel_for(0, count, grain,

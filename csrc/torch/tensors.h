@@ -25,9 +25,6 @@ Dtype storage_dtype(const Tensor& t);
 inline bool computes_in_double(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double;
 }
-inline ScalarType compute_dtype(const Tensor& t) {
-  return computes_in_double(t) ? ScalarType::Double : ScalarType::Float;
-}
 
 // Uninitialised, on the device of `like`.
 Tensor empty_strided(const Tensor& like, const std::vector<std::int64_t>& sizes,
@@ -72,18 +69,8 @@ class Output {
   bool copied_;
 };
 
-// A per-channel parameter as an array of the compute type: in place where it is one already, else converted;
-// `missing` in every place where there is none.
-template <class S>
-class ChannelInput {
- public:
-  ChannelInput(const OptionalTensor& t, std::int64_t channels, double missing);
-  const S* data() const { return data_; }
-
- private:
-  std::vector<S> converted_;
-  const S* data_;
-};
+// A per-channel tensor as doubles; `missing` in every place where there is none.
+std::vector<double> channel_values(const OptionalTensor& t, std::int64_t channels, double missing);
 
 // Calls f with a value of the C++ type of a floating dtype.
 template <class F>
@@ -95,24 +82,6 @@ void with_dtype(ScalarType dtype, F&& f) {
     case ScalarType::Half: return f(torch::headeronly::Half{});
     default: STD_TORCH_CHECK(false, "expected a float32, float64, bfloat16 or float16 tensor");
   }
-}
-
-template <class S>
-ChannelInput<S>::ChannelInput(const OptionalTensor& t, std::int64_t channels, double missing) {
-  constexpr ScalarType own = sizeof(S) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
-  if (t && t->scalar_type() == own && (channels <= 1 || t->stride(0) == 1)) {
-    data_ = static_cast<const S*>(t->const_data_ptr());
-    return;
-  }
-  converted_.assign(static_cast<std::size_t>(channels), static_cast<S>(missing));
-  data_ = converted_.data();
-  if (!t) return;
-  const std::int64_t stride = t->stride(0);
-  with_dtype(t->scalar_type(), [&](auto element) {
-    const auto* from = static_cast<const decltype(element)*>(t->const_data_ptr());
-    for (std::int64_t c = 0; c < channels; ++c)
-      converted_[static_cast<std::size_t>(c)] = static_cast<S>(from[c * stride]);
-  });
 }
 
 // Runs the kernels' loops on torch's threads.

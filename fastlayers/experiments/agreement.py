@@ -36,17 +36,22 @@ def move_by_one_ulp(model: nn.Module, seed: int) -> None:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Per epoch, the distance of fastlayers' losses from torch's and the one rounding explains."""
+    """Per epoch, the distance of fastlayers' losses from torch's, and the moved runs' largest."""
 
     distance: list[float]
     rounding: list[float]
 
     @property
+    def explained(self) -> list[float]:
+        """Per epoch, the distance that rounding explains."""
+        return [TOLERANCE * moved + FLOOR for moved in self.rounding]
+
+    @property
     def unexplained_epochs(self) -> list[int]:
         """The epochs, from 0, in which fastlayers is further away than rounding explains."""
-        epochs = enumerate(zip(self.distance, self.rounding, strict=True))
+        epochs = enumerate(zip(self.distance, self.explained, strict=True))
         # Not `>`: a NaN is no agreement.
-        return [e for e, (found, moved) in epochs if not found <= TOLERANCE * moved + FLOOR]
+        return [epoch for epoch, (found, explained) in epochs if not found <= explained]
 
 
 def compare(torch_run: Run, fused_run: Run, moved_runs: Sequence[Run]) -> dict[Phase, Agreement]:

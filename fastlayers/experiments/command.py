@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -15,11 +16,11 @@ EPOCHS = {"digits": 10, "cifar10": 4}
 FRACTIONS = {"digits": 1.0, "cifar10": 0.1}
 
 
-def _per_dataset(values: dict[str, float] | dict[str, int]) -> str:
+def _per_dataset(values: Mapping[str, float]) -> str:
     return "[default: " + ", ".join(f"{value:g} for {name}" for name, value in values.items()) + "]"
 
 
-@click.command()
+@click.command(short_help="Train with torch's layers and with these.")
 @click.option("--dataset", type=click.Choice(list(EPOCHS)), default="digits", show_default=True)
 @click.option("--data-dir", type=Path, help="Folder of CIFAR-10's official Python files.")
 @click.option(
@@ -31,7 +32,12 @@ def _per_dataset(values: dict[str, float] | dict[str, int]) -> str:
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
-@click.option("--out", type=Path, default=Path(), help="Folder for the picture.  [default: here]")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(),
+    help="Folder for the picture.  [default: here]",
+)
 @click.pass_context
 def quickstart(
     ctx: click.Context,
@@ -80,6 +86,6 @@ def quickstart(
 def _title(dataset: str, train: int, test: int, batch_size: int) -> str:
     return (
         f"{dataset}: {train} images to train on, {test} to test, batches of {batch_size}\n"
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"backend {fl.get_backend()}, {fl.ops.cpu_capability()}"
+        f"torch {torch.__version__}, threads: {torch.get_num_threads()}, "
+        f"backend: {fl.get_backend()}, {fl.ops.cpu_capability()}"
     )

@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastlayers.experiments.agreement import FLOOR, TOLERANCE
 from fastlayers.experiments.quickstart import Result
 from fastlayers.experiments.training import PHASES
 
@@ -54,9 +53,8 @@ def _draw_losses(axes: Axes, result: Result) -> None:
 def _draw_distances(axes: Axes, result: Result) -> None:
     for phase in PHASES:
         agreement = result.agreement[phase]
-        allowed = TOLERANCE * np.array(agreement.rounding) + FLOOR
         for name, values, colour in (
-            ("rounding explains", allowed, "grey"),
+            ("rounding explains", agreement.explained, "grey"),
             ("fastlayers", agreement.distance, FUSED_COLOUR),
         ):
             label = f"{name}, {phase}"

@@ -96,12 +96,12 @@ def _models(data: DataSet, seed: int) -> list[nn.Module]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         factories = [torch_layers, fused_layers, *[torch_layers] * MOVED_RUNS]
-        models = [build_cnn(PLANS[data.name], layers) for layers in factories]
+        models: list[nn.Module] = [build_cnn(PLANS[data.name], layers) for layers in factories]
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
     for number, model in enumerate(models[2:]):
         move_by_one_ulp(model, seed=number)
-    return [*models]
+    return models
 
 
 def _train(runs: Sequence[Run], data: DataSet, settings: Settings, seed: int, progress: Progress) -> None:

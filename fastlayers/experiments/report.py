@@ -35,15 +35,11 @@ def _losses(phase: Phase, result: Result) -> Table:
     table = _table(f"Loss in {phase}ing", "epoch", "torch", "fastlayers", "distance", "rounding explains")
     agreement = result.agreement[phase]
     runs = zip(result.torch.run.epochs, result.fused.run.epochs, strict=True)
-    distances = zip(agreement.distance, agreement.rounding, strict=True)
-    for number, (epochs, (distance, rounding)) in enumerate(zip(runs, distances, strict=True), 1):
+    distances = zip(agreement.distance, agreement.explained, strict=True)
+    for number, (epochs, (distance, explained)) in enumerate(zip(runs, distances, strict=True), 1):
         losses = [f"{epoch.mean_loss(phase):.6f}" for epoch in epochs]
-        table.add_row(str(number), *losses, f"{distance:.1e}", f"{_allowed(rounding):.1e}")
+        table.add_row(str(number), *losses, f"{distance:.1e}", f"{explained:.1e}")
     return table
-
-
-def _allowed(rounding: float) -> float:
-    return TOLERANCE * rounding + FLOOR
 
 
 def _costs(result: Result) -> Table:
@@ -87,7 +83,7 @@ def _verdict(result: Result, seeds: int) -> str:
 def _unexplained(result: Result) -> str:
     found = [
         f"in {phase}ing epoch {epoch + 1} the losses are {agreement.distance[epoch]:.1e} apart, "
-        f"and rounding explains {_allowed(agreement.rounding[epoch]):.1e}"
+        f"and rounding explains {agreement.explained[epoch]:.1e}"
         for phase, agreement in result.agreement.items()
         for epoch in agreement.unexplained_epochs[:1]
     ]

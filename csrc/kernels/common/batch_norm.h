@@ -21,8 +21,8 @@ struct BasicMoments {
     if (other.count == 0) return;
     const double total = count + other.count, share = other.count / total, weight = count * share;
     const V delta = other.mean - mean;
-    // Not mean + delta * 1 for the first: an infinite mean would become a NaN one sooner than torch's.
-    mean = count == 0 ? other.mean : mean + delta * share;
+    // Where one mean is infinite, so is the mean of all; delta would make it NaN.
+    mean = delta - delta == 0 ? mean + delta * share : mean + other.mean;
     squares += other.squares + delta * delta * weight;
     count = total;
   }
@@ -36,27 +36,52 @@ struct BasicMoments {
 };
 using Moments = BasicMoments<double>;
 
-// Subtracting the mean first keeps the digits that x * scale + (shift - mean * scale) would cancel.
+// A channel's normalisation, weight and bias in the type S that elements are computed in.
+//
+// The mean has more digits than S holds where it is large beside the spread. Subtracting the part that S holds is exact
+// there, and the rest moves into the shift; (x * scale + shift) with one shift for all would lose those digits.
+template <class S>
+struct ChannelAffine {
+  S mean, scale, shift;
+  double mean_rest;
+
+  FL_INLINE ChannelAffine(double mean_, double invstd, double weight, double bias) {
+    mean = static_cast<S>(mean_);
+    mean_rest = mean_ - static_cast<double>(mean);
+    if (mean_rest != mean_rest) mean_rest = 0;  // an infinite mean
+    scale = static_cast<S>(weight * invstd);
+    shift = static_cast<S>(bias - mean_rest * (weight * invstd));
+  }
+};
+
 template <class V>
 FL_INLINE V normalize(V x, V mean, V scale, V shift) {
   return (x - mean) * scale + shift;
 }
 
-// What normalize needs beside the mean: weight / std and bias.
-template <class Scalar>
-FL_INLINE Scalar normalize_scale(Scalar weight, Scalar invstd) {
-  return weight * invstd;
-}
+// What a channel's gradients need: the sums over it of g and of g * (x - mean), where g is the gradient of the
+// normalised, scaled and shifted value and mean is ChannelAffine's.
+struct GradientSums {
+  double grad = 0, grad_deviation = 0;
 
-// grad_input = scale * grad + by_deviation * (x - mean) + constant, where grad is the gradient of the normalised,
-// scaled and shifted value. In evaluation mode the statistics are constants and only the first term is left.
+  FL_INLINE void add(const GradientSums& other) {
+    grad += other.grad;
+    grad_deviation += other.grad_deviation;
+  }
+  // The same about the whole mean.
+  FL_INLINE void include_mean_rest(double rest) { grad_deviation -= rest * grad; }
+};
+
+// grad_input = scale * g + by_deviation * (x - mean) + constant, with ChannelAffine's mean. In evaluation mode the
+// statistics are constants, and only the first term is left.
 struct InputGradient {
-  double by_deviation = 0;
-  double constant = 0;
+  double by_deviation = 0, constant = 0;
 
-  FL_INLINE static InputGradient training(double scale, double invstd, double count, double sum_grad,
-                                          double sum_grad_deviation) {
-    return {-scale * invstd * invstd * sum_grad_deviation / count, -scale * sum_grad / count};
+  // `sums` are about the whole mean.
+  FL_INLINE static InputGradient training(double scale, double invstd, double mean_rest, double count,
+                                          const GradientSums& sums) {
+    const double by_deviation = -scale * invstd * invstd * sums.grad_deviation / count;
+    return {by_deviation, -scale * sums.grad / count - mean_rest * by_deviation};
   }
 };
 

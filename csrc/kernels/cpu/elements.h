@@ -79,22 +79,16 @@ struct FusedElements {
   }
 };
 
-// The two sums over a channel that its gradients need, of z's gradient and of that times x's deviation from the mean.
-struct GradientSums {
-  double grad = 0, grad_deviation = 0;
-
-  FL_INLINE void add(const GradientSums& other) {
-    grad += other.grad;
-    grad_deviation += other.grad_deviation;
-  }
-};
+template <class S, class Args>
+ChannelAffine<S> channel_affine(const Args& args, std::int64_t c) {
+  return {args.mean[c], args.invstd[c], args.weight[c], args.bias[c]};
+}
 
 // Turns a channel's moments into what is kept of them.
-template <class S>
-void finish_statistics(const ForwardArgs& args, std::int64_t c, const Moments& m) {
+inline void finish_statistics(const ForwardArgs& args, std::int64_t c, const Moments& m) {
   const double variance = m.squares / m.count;
-  static_cast<S*>(args.mean)[c] = static_cast<S>(m.mean);
-  static_cast<S*>(args.invstd)[c] = static_cast<S>(1 / std::sqrt(variance + args.eps));
+  args.mean[c] = m.mean;
+  args.invstd[c] = 1 / std::sqrt(variance + args.eps);
   args.variance[c] = variance;
 }
 
@@ -104,14 +98,14 @@ FL_INLINE bool needs_sums(const BackwardArgs& args) {
 
 // Stores a channel's parameter gradients and returns what its input gradient needs.
 template <class S>
-InputGradient finish_sums(const BackwardArgs& args, std::int64_t c, const GradientSums& total) {
-  const double invstd = static_cast<const S*>(args.invstd)[c];
-  if (args.grad_weight) args.grad_weight[c] = total.grad_deviation * invstd;
-  if (args.grad_bias) args.grad_bias[c] = total.grad;
+InputGradient finish_sums(const BackwardArgs& args, std::int64_t c, GradientSums sums) {
+  const double rest = channel_affine<S>(args, c).mean_rest;
+  sums.include_mean_rest(rest);
+  if (args.grad_weight) args.grad_weight[c] = sums.grad_deviation * args.invstd[c];
+  if (args.grad_bias) args.grad_bias[c] = sums.grad;
   if (!args.training) return {};
-  const double scale = normalize_scale<double>(static_cast<const S*>(args.weight)[c], invstd);
   const auto count = static_cast<double>(args.geometry.row_count());
-  return InputGradient::training(scale, invstd, count, total.grad, total.grad_deviation);
+  return InputGradient::training(args.weight[c] * args.invstd[c], args.invstd[c], rest, count, sums);
 }
 
 // float sums are exact enough over this many additions; then they are carried over to double.

@@ -49,7 +49,7 @@ struct Keep {
 using ParallelFor = void (*)(std::int64_t count, std::int64_t grain, const void* context,
                              void (*task)(const void* context, std::int64_t begin, std::int64_t end));
 
-// Arrays "of compute type" are float, or double where the tensors are double; their length is the number of channels.
+// Arrays of double have one element per channel.
 
 struct ForwardArgs {
   Geometry geometry;
@@ -57,10 +57,10 @@ struct ForwardArgs {
   Keep keep;
   Source input, residual;  // residual.data may be null
   Target output;
-  std::uint8_t* flat_bits = nullptr;              // where a two-valued derivative is small, for backward; may be null
-  const void *weight = nullptr, *bias = nullptr;  // compute type
-  void *mean = nullptr, *invstd = nullptr;        // compute type; written in training, read otherwise
-  double* variance = nullptr;                     // biased; written in training
+  std::uint8_t* flat_bits = nullptr;  // where a two-valued derivative is small, for backward; may be null
+  const double *weight = nullptr, *bias = nullptr;
+  double *mean = nullptr, *invstd = nullptr;  // written in training, read otherwise
+  double* variance = nullptr;                 // biased; written in training
   bool training = false;
   double eps = 0;
   ParallelFor parallel_for = nullptr;
@@ -74,7 +74,7 @@ struct BackwardArgs {
   const std::uint8_t* flat_bits = nullptr;              // instead of the residual, for two-valued derivatives
   Target grad_input, grad_residual;                     // data may be null where not wanted
   double *grad_weight = nullptr, *grad_bias = nullptr;  // null where not wanted
-  const void *weight = nullptr, *bias = nullptr, *mean = nullptr, *invstd = nullptr;  // compute type
+  const double *weight = nullptr, *bias = nullptr, *mean = nullptr, *invstd = nullptr;
   bool training = false;
   ParallelFor parallel_for = nullptr;
 };

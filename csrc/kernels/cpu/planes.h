@@ -65,6 +65,15 @@ struct PlaneSplit {
   std::int64_t spatial_;
 };
 
+template <class T>
+FL_INLINE const T* piece_start(const Source& x, Piece p, std::int64_t channel) {
+  return advance(static_cast<const T*>(x.data), p.n * x.outer + channel * x.inner + p.offset);
+}
+template <class T>
+FL_INLINE T* piece_start(const Target& x, Piece p, std::int64_t channel) {
+  return advance(static_cast<T*>(x.data), p.n * x.outer + channel * x.inner + p.offset);
+}
+
 // Sums of (x - shift) and its square over pieces of a channel, in vectors of A: float, or double where float overflows.
 template <class T, class A>
 class ShiftedSums {
@@ -124,12 +133,11 @@ FL_INLINE void for_each_chunk(std::int64_t length, F&& f) {
 template <class T, class A>
 __attribute__((noinline)) Moments plane_moments(const Source& x, std::int64_t channel, Span span,
                                                 std::int64_t spatial) {
-  const T* start = static_cast<const T*>(x.data) + channel * x.inner;
   Moments total;
   ShiftedSums<T, A> sums(0);
   for_each_piece(span, spatial, Walk::forward, [&](Piece p) {
     for_each_chunk(p.length, [&](std::int64_t begin, std::int64_t n) {
-      const T* from = start + p.n * x.outer + p.offset + begin;
+      const T* from = piece_start<T>(x, p, channel) + begin;
       if (total.count == 0) {
         sums.add(from, n);
         sums.reset(sums.moments().mean);
@@ -145,21 +153,21 @@ __attribute__((noinline)) Moments plane_moments(const Source& x, std::int64_t ch
   return total;
 }
 
+// The same without a shift: only good for telling how infinities and NaN come out.
 template <class T>
-Moments plane_moments(const Source& x, std::int64_t channel, Span span, std::int64_t spatial) {
-  const Moments m = plane_moments<T, Compute<T>>(x, channel, span, spatial);
-  // Squares beyond float's range, or a NaN or infinity in x: double tells which.
-  if (std::isfinite(m.squares) || sizeof(Compute<T>) == sizeof(double)) return m;
-  return plane_moments<T, double>(x, channel, span, spatial);
+Moments plane_moments_of_non_finite(const Source& x, std::int64_t channel, Span span, std::int64_t spatial) {
+  ShiftedSums<T, double> sums(0);
+  for_each_piece(span, spatial, Walk::forward, [&](Piece p) { sums.add(piece_start<T>(x, p, channel), p.length); });
+  return sums.moments();
 }
 
 template <class T>
-FL_INLINE const T* piece_start(const Source& x, Piece p, std::int64_t channel) {
-  return advance(static_cast<const T*>(x.data), p.n * x.outer + channel * x.inner + p.offset);
-}
-template <class T>
-FL_INLINE T* piece_start(const Target& x, Piece p, std::int64_t channel) {
-  return advance(static_cast<T*>(x.data), p.n * x.outer + channel * x.inner + p.offset);
+Moments plane_moments(const Source& x, std::int64_t channel, Span span, std::int64_t spatial) {
+  Moments m = plane_moments<T, Compute<T>>(x, channel, span, spatial);
+  if (std::isfinite(m.squares)) return m;
+  // Squares beyond the range of float, or something that is not finite in x: double tells which.
+  if constexpr (sizeof(Compute<T>) < sizeof(double)) m = plane_moments<T, double>(x, channel, span, spatial);
+  return std::isfinite(m.squares) ? m : plane_moments_of_non_finite<T>(x, channel, span, spatial);
 }
 
 // Where a piece's masks are, and what dropout does with it.
@@ -183,9 +191,8 @@ struct PieceMasks {
 
 template <class S, class Args>
 Affine<Vec<S>> plane_affine(const Args& args, std::int64_t c) {
-  const auto value = [c](const void* array) { return static_cast<const S*>(array)[c]; };
-  return {splat<Vec<S>>(value(args.mean)), splat<Vec<S>>(normalize_scale(value(args.weight), value(args.invstd))),
-          splat<Vec<S>>(value(args.bias))};
+  const ChannelAffine<S> k = channel_affine<S>(args, c);
+  return {splat<Vec<S>>(k.mean), splat<Vec<S>>(k.scale), splat<Vec<S>>(k.shift)};
 }
 
 template <class T, class Act>
@@ -201,7 +208,7 @@ class PlanesForward {
     if (split_.spans == 1) {
       parallel_each(args_.parallel_for, channels, split_.per_channel, [&](std::int64_t c) {
         const Span whole = split_.span(0);
-        if (args_.training) finish_statistics<S>(args_, c, plane_moments<T>(args_.input, c, whole, spatial()));
+        if (args_.training) finish_statistics(args_, c, plane_moments<T>(args_.input, c, whole, spatial()));
         write(c, whole);
       });
       return;
@@ -217,7 +224,7 @@ class PlanesForward {
       for (std::int64_t c = 0; c < channels; ++c) {
         Moments total;
         for (std::int64_t s = 0; s < split_.spans; ++s) total.merge(parts[c * split_.spans + s]);
-        finish_statistics<S>(args_, c, total);
+        finish_statistics(args_, c, total);
       }
     }
     each_span([&](std::int64_t, std::int64_t c, Span s) { write(c, s); });

@@ -57,29 +57,27 @@ struct RowSplit {
 template <class E>
 using ChannelArray = Vec<E>[kBlockChannels / kLanes];
 
-template <class S>
-void load_channels(ChannelArray<S>& to, const void* array, const Tile& t) {
-  const S* from = static_cast<const S*>(array) + t.channel;
-  for_each_vector(t.channels, [&](std::int64_t i, auto lanes) { to[i / kLanes] = load(from + i, lanes); });
-}
-
 // mean, scale and shift of a tile's channels.
 template <class S>
-struct RowAffine {
-  ChannelArray<S> mean, scale, shift;
-
+class RowAffine {
+ public:
   template <class Args>
   RowAffine(const Args& args, const Tile& t) {
-    load_channels<S>(mean, args.mean, t);
-    load_channels<S>(shift, args.bias, t);
-    load_channels<S>(scale, args.invstd, t);
-    const S* weight = static_cast<const S*>(args.weight) + t.channel;
-    for_each_vector(t.channels, [&](std::int64_t i, auto lanes) {
-      scale[i / kLanes] = normalize_scale(load(weight + i, lanes), scale[i / kLanes]);
-    });
+    for (std::int64_t i = 0; i < t.channels; ++i) {
+      const ChannelAffine<S> k = channel_affine<S>(args, t.channel + i);
+      mean_[i] = k.mean;
+      scale_[i] = k.scale;
+      shift_[i] = k.shift;
+    }
+    for (std::int64_t i = t.channels; i % kLanes != 0; ++i) mean_[i] = scale_[i] = shift_[i] = 0;
   }
 
-  FL_INLINE Affine<Vec<S>> at(std::int64_t i) const { return {mean[i / kLanes], scale[i / kLanes], shift[i / kLanes]}; }
+  FL_INLINE Affine<Vec<S>> at(std::int64_t i) const {
+    return {load(mean_ + i, AllLanes{}), load(scale_ + i, AllLanes{}), load(shift_ + i, AllLanes{})};
+  }
+
+ private:
+  alignas(64) S mean_[kBlockChannels], scale_[kBlockChannels], shift_[kBlockChannels];
 };
 
 template <class T>
@@ -115,8 +113,18 @@ struct TileMoments {
   double count = 0;
   ChannelArray<double> mean, squares;
 
-  explicit TileMoments(const Tile& t) {
-    for (std::int64_t v = 0; v * kLanes < t.channels; ++v) mean[v] = squares[v] = Vec<double>{};
+  std::int64_t vectors;
+
+  explicit TileMoments(const Tile& t) : vectors((t.channels + kLanes - 1) / kLanes) {
+    for (std::int64_t v = 0; v < vectors; ++v) mean[v] = squares[v] = Vec<double>{};
+  }
+
+  Moments at(std::int64_t i) const { return {count, mean[i / kLanes][i % kLanes], squares[i / kLanes][i % kLanes]}; }
+
+  bool is_finite() const {
+    Vec<double> zero{};  // x - x is 0 for a finite x and NaN for others
+    for (std::int64_t v = 0; v < vectors; ++v) zero += squares[v] - squares[v];
+    return std::isfinite(sum_of_lanes<double>(zero));
   }
 };
 
@@ -204,16 +212,24 @@ __attribute__((noinline)) TileMoments tile_moments(const Source& x, const Tile& 
   return total;
 }
 
+// As plane_moments_of_non_finite.
+template <class T>
+TileMoments tile_moments_of_non_finite(const Source& x, const Tile& tile) {
+  RowSums<T, double> sums(x, tile);
+  TileMoments total(tile);
+  sums.reset(total);
+  sums.add(tile.begin, tile.end);
+  sums.merge_into(total);
+  return total;
+}
+
 template <class T>
 TileMoments tile_moments(const Source& x, const Tile& tile) {
   TileMoments m = tile_moments<T, Compute<T>>(x, tile);
-  if constexpr (sizeof(Compute<T>) < sizeof(double)) {
-    Vec<double> not_finite{};  // x - x is 0 for a finite x and NaN for others
-    for (std::int64_t v = 0; v * kLanes < tile.channels; ++v) not_finite += m.squares[v] - m.squares[v];
-    // Squares beyond float's range, or a NaN or infinity in x: double tells which.
-    if (!std::isfinite(sum_of_lanes<double>(not_finite))) return tile_moments<T, double>(x, tile);
-  }
-  return m;
+  if (m.is_finite()) return m;
+  // Squares beyond the range of float, or something that is not finite in x: double tells which.
+  if constexpr (sizeof(Compute<T>) < sizeof(double)) m = tile_moments<T, double>(x, tile);
+  return m.is_finite() ? m : tile_moments_of_non_finite<T>(x, tile);
 }
 
 template <class T, class Act>
@@ -230,9 +246,7 @@ class RowsForward {
     } else if (split_.tiles == 1) {
       each_tile([&](std::int64_t, const Tile& t) {
         const TileMoments m = tile_moments<T>(args_.input, t);
-        for (std::int64_t i = 0; i < t.channels; ++i)
-          finish_statistics<S>(args_, t.channel + i,
-                               {m.count, m.mean[i / kLanes][i % kLanes], m.squares[i / kLanes][i % kLanes]});
+        for (std::int64_t i = 0; i < t.channels; ++i) finish_statistics(args_, t.channel + i, m.at(i));
         write(t);
       });
     } else {
@@ -254,13 +268,12 @@ class RowsForward {
     each_tile([&](std::int64_t task, const Tile& t) {
       const TileMoments m = tile_moments<T>(args_.input, t);
       Moments* to = parts.data() + task / split_.blocks * channels + t.channel;
-      for (std::int64_t i = 0; i < t.channels; ++i)
-        to[i] = {m.count, m.mean[i / kLanes][i % kLanes], m.squares[i / kLanes][i % kLanes]};
+      for (std::int64_t i = 0; i < t.channels; ++i) to[i] = m.at(i);
     });
     parallel_each(args_.parallel_for, channels, 16 * split_.tiles, [&](std::int64_t c) {
       Moments total;
       for (std::int64_t tile = 0; tile < split_.tiles; ++tile) total.merge(parts[tile * channels + c]);
-      finish_statistics<S>(args_, c, total);
+      finish_statistics(args_, c, total);
     });
   }
 
