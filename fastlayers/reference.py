@@ -138,7 +138,8 @@ def apply_mask(input: Tensor, mask: Tensor | None, p: float) -> Tensor:
         return input
     if mask.dim() < input.dim():
         mask = mask.reshape(mask.shape + (1,) * (input.dim() - 2))
-    return torch.where(mask, input * masks.scale(p), torch.zeros((), dtype=input.dtype, device=input.device))
+    # In place on the product, which has the layout of `input`; a new tensor would be contiguous.
+    return (input * masks.scale(p)).masked_fill_(~mask, 0)
 
 
 def batch_norm(
