@@ -21,10 +21,11 @@ def find_torch(path: Sequence[str] | None = None) -> Path | None:
 
 def target_path() -> list[str]:
     """Where to look for torch, the target environment first."""
-    pythons = [Path(sys.executable)]
-    if environment := os.environ.get("VIRTUAL_ENV"):
-        # Frontends that build in a whole environment of their own run this with its interpreter.
-        pythons.append(Path(environment, "bin", "python"))
+    # Frontends such as uv and build run this by the interpreter of an environment of their own, and the user's is the
+    # next on PATH. If it is not the target after all, the binary still serves the target's torch.
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    active = [Path(folder, "python") for folder in folders if Path(folder).with_name("pyvenv.cfg").exists()]
+    pythons = dict.fromkeys([Path(sys.executable), *active])
     return [entry for python in pythons for entry in _module_path(python)] + sys.path
 
 

@@ -13,7 +13,7 @@ set(isa_flags_baseline)
 
 set(kernel_flags
   ${FASTLAYERS_WARNINGS}
-  # Each of these forbids vectorising or contracting something, for errno and traps that nobody reads.
+  # Nobody reads errno or traps after these kernels; keeping either up forbids vectorising.
   -fno-math-errno -fno-trapping-math -ffp-contract=fast
   # The kernels never pass vectors between files that were compiled for different instruction sets.
   -Wno-psabi

@@ -13,15 +13,21 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
+def _torch_name(dtype: torch.dtype) -> str:
+    """The name that torch's C++ errors use, such as Float or ComplexDouble."""
+    return torch.empty(0, dtype=dtype).type().removeprefix("torch.").removesuffix("Tensor")
+
+
 def dropout_probability(p: float, name: str = "p") -> None:
-    """Raises ValueError for a probability outside [0, 1], or none at all."""
+    """Raises what torch raises for a probability outside [0, 1]: ValueError, and RuntimeError for NaN."""
     if not isinstance(p, (int, float)):
         raise TypeError(
             f"dropout probability has to be between 0 and 1, but got {p!r} "
             f"({name}: should be a float, not {type(p).__name__})"
         )
     if not 0 <= p <= 1:  # also false for NaN
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p} ({name})")
+        error = RuntimeError if p != p else ValueError
+        raise error(f"dropout probability has to be between 0 and 1, but got {p} ({name})")
 
 
 def drop_mode(mode: str) -> None:
@@ -34,22 +40,24 @@ def dropout_input(input: Tensor) -> None:
     """Raises what torch's dropout raises for an input that it cannot draw for or scale."""
     if input.dtype in SUPPORTED:
         return
+    name = _torch_name(input.dtype)
     allowed = f"input: dtype {input.dtype}; allowed: {_names(SUPPORTED)}"
     if input.is_complex():
-        raise NotImplementedError(f"\"bernoulli_scalar_cpu_\" not implemented for '{input.dtype}' ({allowed})")
-    raise RuntimeError(f"result type Float can't be cast to the desired output type {input.dtype} ({allowed})")
+        raise NotImplementedError(f"\"bernoulli_scalar_cpu_\" not implemented for '{name}' ({allowed})")
+    raise RuntimeError(f"result type Float can't be cast to the desired output type {name} ({allowed})")
 
 
 def batch_norm_input(input: Tensor, training: bool, eps: float) -> None:
     """Raises what torch raises for an input that cannot be normalised."""
-    if input.layout != torch.strided or input.dtype not in SUPPORTED:
-        raise NotImplementedError(
-            f"\"batch_norm\" not implemented for '{input.dtype}' "
-            f"(input: layout {input.layout}, dtype {input.dtype}; allowed: torch.strided and {_names(SUPPORTED)})"
-        )
     if input.dim() < 2:
         raise IndexError(
-            f"Dimension out of range (input: expected at least 2 dimensions (N, C, ...), but got {input.dim()})"
+            "Dimension out of range (expected to be in range of [-1, 0], but got 1) "
+            f"(input: expected at least 2 dimensions (N, C, ...), but got {input.dim()})"
+        )
+    if input.layout != torch.strided or input.dtype not in SUPPORTED:
+        raise NotImplementedError(
+            f"\"batch_norm\" not implemented for '{_torch_name(input.dtype)}' "
+            f"(input: layout {input.layout}, dtype {input.dtype}; allowed: torch.strided and {_names(SUPPORTED)})"
         )
     if not training:
         return
@@ -70,49 +78,68 @@ def running_statistics(
     training: bool,
     momentum: float | None,
 ) -> None:
-    """Raises what torch raises for statistics that are missing."""
-    if not training and running_mean is None:
-        raise RuntimeError(
-            "running_mean must be defined in evaluation mode (running_mean: None; allowed: a tensor (C,))"
-        )
-    if (running_mean is None) != (running_var is None):
+    """Raises what torch raises for statistics that are missing, or that want a gradient."""
+    if training and (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running is None and not training:
+            raise RuntimeError(f"{name} must be defined in evaluation mode ({name}: None; allowed: a tensor (C,))")
+        if running is not None and running.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"The function 'native_batch_norm' is not differentiable with respect to argument '{name}'. "
+                f"This input cannot have requires_grad True. ({name})"
+            )
+    if training and running_mean is not None and not isinstance(momentum, (int, float)):
+        if momentum is None and num_batches_tracked is not None:
+            return
         raise TypeError(
-            "batch_norm(): argument 'momentum' must be float, not NoneType (momentum: None averages over all batches "
-            "and needs num_batches_tracked)"
+            f"batch_norm(): argument 'momentum' must be float, not {type(momentum).__name__} "
+            f"(momentum: {momentum!r}; None averages over all batches and needs num_batches_tracked)"
         )
 
 
-def channel_vector(name: str, values: Tensor | None, input: Tensor) -> None:
-    """Raises what torch raises for a parameter or running statistic that does not fit `input`."""
-    if values is None:
-        return
-    channels = input.shape[1]
-    if values.dim() != 1 or values.shape[0] != channels:
-        raise RuntimeError(
-            f"{name} should contain {channels} elements not {values.numel()} "
-            f"({name}: shape {tuple(values.shape)}; allowed: ({channels},))"
-        )
-    if values.device != input.device:
-        raise RuntimeError(
-            f"Tensor on device {values.device} is not on the expected device {input.device}! "
-            f"({name}: should be on the device of input)"
-        )
-    if values.dtype == input.dtype or (values.dtype == torch.float32 and input.dtype != torch.float64):
-        return
-    allowed = {torch.float64: (torch.float64,), torch.float32: (torch.float32,)}.get(
-        input.dtype, (torch.float32, input.dtype)
-    )
-    expected = (
-        "all inputs must share same datatype."
-        if input.dtype == torch.float64
-        else "expect parameter to have scalar type of Float"
-    )
-    raise RuntimeError(
-        f"mixed dtype ({input.device.type.upper()}): {expected} "
-        f"({name}: dtype {values.dtype} with an input of {input.dtype}; allowed: {_names(allowed)})"
-    )
+Vectors = tuple[tuple[str, Tensor | None], ...]
+
+
+def channel_sizes(input: Tensor, vectors: Vectors) -> None:
+    """Raises what torch raises for parameters and running statistics of another size, or on another device."""
+    channels, allowed = 0, f"input: expected at least 2 dimensions (N, C, ...), but got {input.dim()}"
+    if input.dim() > 1:
+        channels = input.shape[1]
+        allowed = f"allowed: ({channels},)"
+    for name, values in vectors:
+        if values is None:
+            continue
+        if values.dim() != 1 or values.shape[0] != channels:
+            raise RuntimeError(
+                f"{name} should contain {channels} elements not {values.numel()} "
+                f"({name}: shape {tuple(values.shape)}, input: shape {tuple(input.shape)}; {allowed})"
+            )
+        if values.device != input.device:
+            raise RuntimeError(
+                f"Tensor on device {values.device} is not on the expected device {input.device}! "
+                f"({name}: should be on the device of input)"
+            )
+
+
+def channel_dtypes(input: Tensor, vectors: Vectors) -> None:
+    """Raises what torch raises for parameters and running statistics of a dtype that does not go with the input's."""
+    for name, values in vectors:
+        if values is None or values.dtype == input.dtype:
+            continue
+        if values.dtype != torch.float32 or input.dtype == torch.float64:
+            _raise_mixed_dtype(name, values.dtype, input, dict(vectors)["weight"])
+
+
+def _raise_mixed_dtype(name: str, dtype: torch.dtype, input: Tensor, weight: Tensor | None) -> None:
+    allowed = (input.dtype,) if input.dtype in (torch.float32, torch.float64) else (torch.float32, input.dtype)
+    if weight is not None and weight.dtype in allowed:
+        text = f"expected scalar type {_torch_name(weight.dtype)} but found {_torch_name(dtype)}"
+    elif input.dtype == torch.float64:
+        text = f"mixed dtype ({input.device.type.upper()}): all inputs must share same datatype."
+    else:
+        text = f"mixed dtype ({input.device.type.upper()}): expect parameter to have scalar type of Float"
+    raise RuntimeError(f"{text} ({name}: dtype {dtype} with an input of {input.dtype}; allowed: {_names(allowed)})")
 
 
 def residual(residual: Tensor | None, input: Tensor) -> None:
@@ -121,16 +148,16 @@ def residual(residual: Tensor | None, input: Tensor) -> None:
         return
     if residual.device != input.device:
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but got residual on {residual.device} and input on "
-            f"{input.device} (residual: should be on the device of input)"
+            f"Tensor on device {residual.device} is not on the expected device {input.device}! "
+            "(residual: should be on the device of input)"
         )
     if residual.shape != input.shape:
         raise RuntimeError(
             f"The size of tensor a {tuple(input.shape)} must match the size of tensor b {tuple(residual.shape)} "
-            f"(residual: should have the shape of input; it is not broadcast)"
+            "(residual: should have the shape of input; it is not broadcast)"
         )
     if residual.dtype != input.dtype:
         raise RuntimeError(
-            f"expected scalar type {input.dtype} but found {residual.dtype} "
-            f"(residual: should have the dtype of input; it is not promoted)"
+            f"expected scalar type {_torch_name(input.dtype)} but found {_torch_name(residual.dtype)} "
+            f"(residual: dtype {residual.dtype}; should have the dtype of input, {input.dtype}; it is not promoted)"
         )

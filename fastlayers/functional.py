@@ -57,12 +57,11 @@ def batch_norm_act(
             the same mistakes; ValueError for an unknown activation or mode.
     """
     activation = activations.resolve(act, act_kwargs)
-    checks.batch_norm_input(input, training, eps)
+    vectors = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
     checks.running_statistics(running_mean, running_var, num_batches_tracked, training, momentum)
-    checks.channel_vector("running_mean", running_mean, input)
-    checks.channel_vector("running_var", running_var, input)
-    checks.channel_vector("weight", weight, input)
-    checks.channel_vector("bias", bias, input)
+    checks.channel_sizes(input, vectors)
+    checks.batch_norm_input(input, training, eps)
+    checks.channel_dtypes(input, vectors[::-1])
     checks.residual(residual, input)
     checks.dropout_probability(drop_p, "drop_p")
     checks.drop_mode(drop_mode)

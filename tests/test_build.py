@@ -80,7 +80,7 @@ class TestTorchToBuildAgainst:
         _, site = make_environment(tmp_path / "active")
         expected = make_torch(site)
         monkeypatch.setattr(sys, "executable", str(build_python))
-        monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "active"))
+        monkeypatch.setenv("PATH", f"{build_python.parent}:{tmp_path}/active/bin:{os.environ['PATH']}")
         assert target_torch.find_torch() == expected
 
     def test_is_asked_for_only_where_there_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,12 +101,15 @@ def _dropout_of(layer: DropLayer, p: float | None, mode: str | None) -> tuple[fl
         raise ValueError(
             f"drop_layer: {layer!r} given together with drop_p={p}, drop_mode={mode!r}; give one or the other"
         )
-    module = layer() if isinstance(layer, type) else layer
-    kind = _DROP_MODES.get(type(module))
+    # Subclasses are not taken: their forward may be another function.
+    kind = _DROP_MODES.get(layer if isinstance(layer, type) else type(layer))
     if kind is None:
         allowed = ", ".join(sorted({f"nn.{t.__name__}" for t in _DROP_MODES}))
         raise ValueError(f"drop_layer: cannot fuse {layer!r}; allowed: {allowed} and fastlayers' own, or drop_p")
-    return float(getattr(module, "p")), kind  # noqa: B009  # nn.Module's attributes are typed Tensor | Module
+    module = layer() if isinstance(layer, type) else layer
+    layer_p: Any = module.p
+    checks.dropout_probability(layer_p, "drop_layer.p")
+    return layer_p, kind
 
 
 class BatchNormAct1d(_BatchNormAct, BatchNorm1d):

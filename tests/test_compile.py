@@ -1,0 +1,182 @@
+"""torch.compile without graph breaks, and torch's own checks of how the operators are registered."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+
+import fastlayers as fl
+from tests.cases import SEED
+from tests.layouts import in_layout
+
+LAYOUTS = ("contiguous", "channels_last", "channels_first", "some_channels")
+
+
+@pytest.fixture(autouse=True)
+def _only_compiled_operators(device: torch.device) -> Iterator[None]:
+    if device.type != "cpu":
+        pytest.skip("the compiled operators serve the CPU")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _forward_arguments(x: Tensor, training: bool, residual: bool, mask: Tensor | None) -> tuple[Any, ...]:
+    channels = x.shape[1]
+    return (
+        x, torch.rand(channels), None, torch.randn_like(x) if residual else None, mask,
+        torch.zeros(channels), torch.ones(channels), torch.tensor(2),
+        training, None if residual else 0.1, 1e-5, 1, [0.0, 0.0, 0.0], 2.0 if mask is not None else 1.0, residual,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("masked", ["", "channel", "element"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fused_operators(layout: str, training: bool, masked: str) -> None:
+    """Schema, fake tensors and their strides, dynamic shapes; forward and backward."""
+    x = in_layout(torch.randn(4, 10, 3, 5), layout)
+    residual = layout != "contiguous"
+    mask = torch.rand(4, 10) > 0.5 if masked == "channel" else None
+    if masked == "element":
+        mask = fl.ops.pack_mask(torch.rand_like(x) > 0.5, False)
+    arguments = _forward_arguments(x, training, residual, mask)
+    opcheck(fl.ops.batch_norm_act_fwd, arguments)
+    _, mean, invstd, flat_bits = fl.ops.batch_norm_act_fwd(*arguments)
+    for wanted in itertools.product((True, False), repeat=3):
+        opcheck(
+            fl.ops.batch_norm_act_bwd,
+            (
+                in_layout(torch.randn(4, 10, 3, 5), "channels_last"), x, arguments[1], None, None,
+                flat_bits if residual else None, mask, mean, invstd, training, 1, [0.0, 0.0, 0.0], 2.0, *wanted,
+            ),  # fmt: skip
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mask_operators(layout: str) -> None:
+    x = in_layout(torch.randn(4, 10, 3, 5), layout)
+    kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(0.5)
+    opcheck(fl.ops.dropout, (x, torch.rand(4, 10) > 0.5, 2.0))
+    for flat in (True, False):
+        opcheck(fl.ops.pack_mask, (kept, flat))
+        bits = fl.ops.pack_mask(kept, flat)
+        opcheck(fl.ops.unpack_mask, (bits, x, flat))
+        assert torch.equal(fl.ops.unpack_mask(bits, x, flat), kept)
+        if flat:
+            opcheck(fl.ops.dropout, (x, bits, 2.0))
+
+
+Layer = Callable[[], nn.Module]
+LAYERS: dict[str, tuple[Layer, tuple[int, ...]]] = {
+    "BatchNorm1d": (lambda: fl.BatchNorm1d(6), (5, 6)),
+    "BatchNorm2d": (lambda: fl.BatchNorm2d(6), (5, 6, 3, 4)),
+    "BatchNorm3d": (lambda: fl.BatchNorm3d(6), (5, 6, 3, 2, 2)),
+    "BatchNorm2d cumulative": (lambda: fl.BatchNorm2d(6, momentum=None), (5, 6, 3, 4)),
+    "BatchNorm2d without statistics": (lambda: fl.BatchNorm2d(6, track_running_stats=False), (5, 6, 3, 4)),
+    "BatchNorm2d without parameters": (lambda: fl.BatchNorm2d(6, affine=False), (5, 6, 3, 4)),
+    "BatchNormAct1d": (lambda: fl.BatchNormAct1d(6, act_layer="gelu"), (5, 6, 7)),
+    "BatchNormAct2d": (lambda: fl.BatchNormAct2d(6, drop_p=0.4), (5, 6, 3, 4)),
+    "BatchNormAct2d element": (lambda: fl.BatchNormAct2d(6, drop_layer=nn.Dropout(0.4)), (5, 6, 3, 4)),
+    "BatchNormAct2d rrelu": (lambda: fl.BatchNormAct2d(6, act_layer="rrelu"), (5, 6, 3, 4)),
+    "BatchNormAct3d": (lambda: fl.BatchNormAct3d(6, act_layer="silu"), (5, 6, 3, 2, 2)),
+    "Dropout": (lambda: fl.Dropout(0.4), (5, 6, 3)),
+    "Dropout1d": (lambda: fl.Dropout1d(0.4), (5, 6, 3)),
+    "Dropout2d": (lambda: fl.Dropout2d(0.4), (5, 6, 3, 4)),
+    "Dropout3d": (lambda: fl.Dropout3d(0.4), (5, 6, 3, 2, 2)),
+}  # fmt: skip
+
+
+def _step(layer: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """Output, gradients, and the module's state after one call."""
+    torch.manual_seed(SEED)
+    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+    y = layer(*leaves)
+    gradients = torch.autograd.grad(y.pow(2).sum(), [*leaves, *module.parameters()])
+    return [y.detach(), *gradients, *(t.clone() for t in module.state_dict().values())]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_in_one_graph(name: str) -> None:
+    """Training and evaluation, forward and backward, several steps: the numbers of the layer itself."""
+    make, shape = LAYERS[name]
+    plain, compiled = make(), make()
+    compiled.load_state_dict(plain.state_dict())
+    run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for training in (True, True, False):
+        x = torch.randn(shape)
+        expected = _step(plain.train(training), plain, x)
+        got = _step(run.train(training), compiled, x)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_residual_in_one_graph(layout: str, act: str) -> None:
+    layer = fl.BatchNormAct2d(6, act_layer=act)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, residual = (in_layout(torch.randn(5, 6, 3, 4), layout) for _ in range(2))
+    state = {name: t.clone() for name, t in layer.state_dict().items()}
+    expected = _step(layer, layer, x, residual)
+    layer.load_state_dict(state)
+    got = _step(run, layer, x, residual)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_other_batch_sizes_do_not_recompile(name: str) -> None:
+    """The first change of a size makes it dynamic; every later batch runs the same code."""
+    make, shape = LAYERS[name]
+    module, counter = make(), CompileCounterWithBackend("aot_eager")
+    run = torch.compile(module, fullgraph=True, backend=counter)
+    for batch in (4, 6):
+        run(torch.randn(batch, *shape[1:]))
+    compilations = counter.frame_count
+    for batch in (9, 17, 5):
+        assert run(torch.randn(batch, *shape[1:])).shape[0] == batch
+    assert counter.frame_count == compilations
+    assert compilations <= 2
+
+
+def test_dynamic_from_the_start() -> None:
+    """dynamic=True leaves heights and widths open too; masks of bits have sizes that depend on them."""
+    layer, counter = fl.BatchNormAct2d(6, drop_layer=nn.Dropout(0.5)), CompileCounterWithBackend("aot_eager")
+    run = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for shape in ((4, 6, 5, 7), (3, 6, 9, 4), (8, 6, 3, 3)):
+        x = torch.randn(shape, requires_grad=True)
+        run(x, torch.randn(shape)).sum().backward()
+        assert x.grad is not None
+    assert counter.frame_count == 1
+
+
+def test_inductor() -> None:
+    """A small network through torch's default compiler: one graph, the numbers of eager execution."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), fl.BatchNormAct2d(8, act_layer="gelu"), nn.Conv2d(8, 8, 3), fl.BatchNorm2d(8), fl.Dropout2d(0.0)
+    )
+    state = {name: t.clone() for name, t in network.state_dict().items()}
+    x = torch.randn(4, 3, 8, 8)
+    expected = _step(network, network, x)
+    network.load_state_dict(state)
+    got = _step(torch.compile(network, fullgraph=True), network, x)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_inductor_draws_whole_planes() -> None:
+    """Compiled code draws its own numbers, as with torch's dropout, but what it drops is the same kind of thing."""
+    run = torch.compile(fl.BatchNormAct2d(64, act_layer="sigmoid", drop_p=0.3), fullgraph=True)
+    kept = run(torch.randn(32, 64, 3, 3)) != 0
+    planes = kept.flatten(2)
+    assert torch.equal(planes.all(2), planes.any(2))
+    assert 0.6 < planes.float().mean() < 0.8
