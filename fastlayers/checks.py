@@ -103,17 +103,15 @@ Vectors = tuple[tuple[str, Tensor | None], ...]
 
 def channel_sizes(input: Tensor, vectors: Vectors) -> None:
     """Raises what torch raises for parameters and running statistics of another size, or on another device."""
-    channels, allowed = 0, f"input: expected at least 2 dimensions (N, C, ...), but got {input.dim()}"
-    if input.dim() > 1:
-        channels = input.shape[1]
-        allowed = f"allowed: ({channels},)"
+    channels = input.shape[1] if input.dim() > 1 else 0  # as torch counts them
     for name, values in vectors:
         if values is None:
             continue
         if values.dim() != 1 or values.shape[0] != channels:
+            rank = f"input: expected at least 2 dimensions (N, C, ...), but got {input.dim()}"
             raise RuntimeError(
-                f"{name} should contain {channels} elements not {values.numel()} "
-                f"({name}: shape {tuple(values.shape)}, input: shape {tuple(input.shape)}; {allowed})"
+                f"{name} should contain {channels} elements not {values.numel()} ({name}: shape {tuple(values.shape)}, "
+                f"input: shape {tuple(input.shape)}; {f'allowed: ({channels},)' if input.dim() > 1 else rank})"
             )
         if values.device != input.device:
             raise RuntimeError(

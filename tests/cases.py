@@ -75,8 +75,11 @@ class Case:
     def __str__(self) -> str:
         """The attributes that are not the default."""
         default = Case()
-        texts = [_text(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)
-                 if f.name == "shape" or getattr(self, f.name) != getattr(default, f.name)]
+        texts = [
+            _text(f.name, getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if f.name == "shape" or getattr(self, f.name) != getattr(default, f.name)
+        ]
         return " ".join(texts)
 
 
@@ -104,8 +107,11 @@ class Sample:
     def fresh(self, dtype: torch.dtype | None = None) -> Sample:
         """Leaves with the same values for one run, full-size and per-channel ones in `dtype` if it is given."""
 
-        def leaf(t: Tensor | None, requires_grad: bool = True) -> Tensor | None:
-            return None if t is None else t.detach().to(dtype or t.dtype).requires_grad_(requires_grad)
+        def leaf(t: Tensor, requires_grad: bool = True) -> Tensor:
+            return t.detach().to(dtype or t.dtype).requires_grad_(requires_grad)
+
+        def optional_leaf(t: Tensor | None, requires_grad: bool = True) -> Tensor | None:
+            return None if t is None else leaf(t, requires_grad)
 
         def state(t: Tensor | None) -> Tensor | None:
             if t is None:
@@ -116,9 +122,9 @@ class Sample:
             self,
             input=leaf(self.input),
             grad_output=leaf(self.grad_output, requires_grad=False),
-            residual=leaf(self.residual),
-            weight=leaf(self.weight, self.case.affine != "frozen weight"),
-            bias=leaf(self.bias),
+            residual=optional_leaf(self.residual),
+            weight=optional_leaf(self.weight, self.case.affine != "frozen weight"),
+            bias=optional_leaf(self.bias),
             running_mean=state(self.running_mean),
             running_var=state(self.running_var),
             num_batches_tracked=state(self.num_batches_tracked),
@@ -175,9 +181,19 @@ def reference_of(sample: Sample, activation: activations.Activation) -> Tensor:
     """The output by fl.reference, with the mask of `sample`."""
     case = sample.case
     return fl.reference.batch_norm_act_masked(
-        sample.input, sample.weight, sample.bias, sample.residual, sample.mask,
-        sample.running_mean, sample.running_var, sample.num_batches_tracked,
-        training=case.training, momentum=case.momentum, eps=case.eps, activation=activation, drop_p=case.drop_p,
+        sample.input,
+        sample.weight,
+        sample.bias,
+        sample.residual,
+        sample.mask,
+        sample.running_mean,
+        sample.running_var,
+        sample.num_batches_tracked,
+        training=case.training,
+        momentum=case.momentum,
+        eps=case.eps,
+        activation=activation,
+        drop_p=case.drop_p,
     )
 
 
@@ -201,7 +217,10 @@ def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
             if name not in row:
                 row[name] = max(
                     range(len(factors[name])),
-                    key=lambda i: (sum(frozenset(((name, i), other)) in missing for other in row.items()), order.random()),
+                    key=lambda i: (
+                        sum(frozenset(((name, i), other)) in missing for other in row.items()),
+                        order.random(),
+                    ),
                 )
         missing -= {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
         rows.append({name: factors[name][row[name]] for name in names})

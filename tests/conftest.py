@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
+import cmake_call
 import pytest
 import torch
 
@@ -48,3 +52,17 @@ def capability(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cpp() -> ModuleType:
+    """The C++ test module, tests/cpp, built by CMake unless it is up to date."""
+    try:
+        folder = cmake_call.build("fastlayers_cpp_tests", FASTLAYERS_BUILD_TESTS="ON") / "tests"
+    except SystemExit as error:
+        pytest.fail(f"tests/cpp could not be built: {error}")
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module("fastlayers_cpp_tests")
+    finally:
+        sys.path.remove(str(folder))

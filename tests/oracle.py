@@ -49,8 +49,7 @@ def assert_close(name: str, got: Tensor, exact: Tensor, eager: Tensor) -> None:
     got, exact, eager = got[finite], exact[finite], eager[finite]
     error, allowed = (got.double() - exact).abs().max().item(), tolerance(exact, eager)
     assert error <= allowed, (
-        f"{name}: error {error:.3g} where {allowed:.3g} is allowed, "
-        f"largest magnitude {exact.abs().max().item():.3g}"
+        f"{name}: error {error:.3g} where {allowed:.3g} is allowed, largest magnitude {exact.abs().max().item():.3g}"
     )
 
 
@@ -64,9 +63,18 @@ def fused(sample: Sample) -> Tensor:
     case = sample.case
     torch.manual_seed(SEED)
     return fl.functional.batch_norm_act(
-        sample.input, sample.running_mean, sample.running_var, sample.weight, sample.bias,
-        case.training, case.momentum, case.eps,
-        residual=sample.residual, act=ACTIVATIONS[case.act], drop_p=case.drop_p, drop_mode=case.drop_mode,
+        sample.input,
+        sample.running_mean,
+        sample.running_var,
+        sample.weight,
+        sample.bias,
+        case.training,
+        case.momentum,
+        case.eps,
+        residual=sample.residual,
+        act=ACTIVATIONS[case.act],
+        drop_p=case.drop_p,
+        drop_mode=case.drop_mode,
         num_batches_tracked=sample.num_batches_tracked,
     )
 
@@ -79,8 +87,14 @@ def eager(sample: Sample) -> Tensor:
         sample.num_batches_tracked.add_(1)
         momentum = 1 / sample.num_batches_tracked.item() if momentum is None else momentum
     y = F.batch_norm(
-        sample.input, sample.running_mean, sample.running_var, sample.weight, sample.bias,
-        case.training, 0.0 if momentum is None else momentum, case.eps,
+        sample.input,
+        sample.running_mean,
+        sample.running_var,
+        sample.weight,
+        sample.bias,
+        case.training,
+        0.0 if momentum is None else momentum,
+        case.eps,
     )
     if sample.residual is not None:
         y = y + sample.residual

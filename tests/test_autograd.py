@@ -20,13 +20,16 @@ from tests.oracle import exact, fused, run
 Function = Callable[..., Tensor]
 
 
-def _as_function(case: Case, device: torch.device, operator: Callable[[Sample], Tensor] = fused) -> tuple[Function, list[Tensor]]:
+def _as_function(
+    case: Case, device: torch.device, operator: Callable[[Sample], Tensor] = fused
+) -> tuple[Function, list[Tensor]]:
     """`operator` as a function of the tensors of `case` that have gradients, and these tensors."""
     sample = make_sample(case, device).fresh()
     names = [name for name in ("input", "residual", "weight", "bias") if getattr(sample, name) is not None]
 
     def function(*tensors: Tensor) -> Tensor:
-        return operator(dataclasses.replace(sample.fresh(), **dict(zip(names, tensors, strict=True))))
+        given: dict[str, Any] = dict(zip(names, tensors, strict=True))
+        return operator(dataclasses.replace(sample.fresh(), **given))
 
     return function, [getattr(sample, name) for name in names]
 
@@ -39,9 +42,12 @@ SMALL = [
     *(_small(shape=(3, 2, 2, 2), act=act) for act in ACTIVATIONS),
     *(_small(shape=(3, 2, 2), act=act, residual="contiguous") for act in ACTIVATIONS),
     *(_small(shape=(2, 3, 2, 2), act=act, training=False, residual="channels_last") for act in ("relu", "gelu")),
-    *(_small(shape=(3, 2, 2, 2), layout=layout, act=act, residual="contiguous", drop_p=0.3, drop_mode=mode)
-      for layout, act, mode in itertools.product(
-          ("channels_last", "channels_first"), ("relu", "mish"), ("channel", "element"))),
+    *(
+        _small(shape=(3, 2, 2, 2), layout=layout, act=act, residual="contiguous", drop_p=0.3, drop_mode=mode)
+        for layout, act, mode in itertools.product(
+            ("channels_last", "channels_first"), ("relu", "mish"), ("channel", "element")
+        )
+    ),
     _small(shape=(5, 3), act="silu", drop_p=0.3, drop_mode="element"),
     _small(shape=(5, 3), act="relu", residual="channels_first", affine="none"),
     _small(shape=(3, 2, 3), act="tanh", affine="no bias", track=False),

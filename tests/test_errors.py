@@ -69,7 +69,9 @@ WRONG_DTYPES = [
 BATCH_NORM = [
     Mistake("rank 0", _batch_norm(input=torch.tensor(1.0)), ("input", "0"), same_text=False),
     Mistake("rank 1", _batch_norm(input=_x(5)), ("input", "1"), same_text=False),
-    Mistake("rank 1 in training", _batch_norm(input=_x(5), **NO_STATISTICS, training=True), ("input",), same_text=False),
+    Mistake(
+        "rank 1 in training", _batch_norm(input=_x(5), **NO_STATISTICS, training=True), ("input",), same_text=False
+    ),
     *(Mistake(f"{name} of 4", _batch_norm(**{name: _c(4)}), (name, "(4,)", "(5,)")) for name in PER_CHANNEL),
     *(
         Mistake(f"{name} on another device", _batch_norm(**{name: _c(device="meta")}), (name, "meta", "cpu"))
@@ -98,8 +100,12 @@ BATCH_NORM = [
     Mistake("no mean in evaluation", _batch_norm(running_mean=None), ("running_mean", "None")),
     Mistake("no variance in evaluation", _batch_norm(running_var=None), ("running_var", "None")),
     Mistake("no variance in training", _batch_norm(running_var=None, training=True), ("running_var",)),
-    Mistake("statistics with a gradient", _batch_norm(running_mean=_c().requires_grad_(), training=True), ("running_mean",),
-            same_text=False),
+    Mistake(
+        "statistics with a gradient",
+        _batch_norm(running_mean=_c().requires_grad_(), training=True),
+        ("running_mean",),
+        same_text=False,
+    ),
     Mistake("one value per channel", _batch_norm(input=_x(1, 5), training=True), ("input", "1")),
     Mistake("one value in planes", _batch_norm(input=_x(1, 5, 1, 1), training=True), ("input", "1, 5, 1, 1")),
     Mistake("eps of zero", _batch_norm(training=True, eps=0.0), ("eps", "0")),
@@ -129,8 +135,11 @@ DROPOUT = [
         for name, x in DROPOUTS.items()
         for p in (-0.1, 1.1, math.inf, -math.inf, math.nan)
     ),
-    *(Mistake(f"{name} with p of {p!r}", _dropout(name, x, p), same_text=False)
-      for name, x in DROPOUTS.items() for p in ("0.5", None)),
+    *(
+        Mistake(f"{name} with p of {p!r}", _dropout(name, x, p), same_text=False)
+        for name, x in DROPOUTS.items()
+        for p in ("0.5", None)
+    ),
     *(
         Mistake(f"{name} of {_name(dtype)}", _dropout(name, x.to(dtype), 0.5), ("input", str(dtype), "float32"))
         for name, x in DROPOUTS.items()
@@ -282,7 +291,10 @@ def raised() -> dict[str, str]:
     """What each of `wrong_calls` raised, in a process of its own: a crash is to end that one only."""
     script = Path(wrong_calls.__file__)
     process = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=120,
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=120,
         env=os.environ | {"PYTHONPATH": str(Path(fl.__file__).parent.parent)},
     )
     lines = process.stdout.splitlines()

@@ -50,8 +50,16 @@ def _case(row: dict[str, Any]) -> Case:
     dtype, param_dtype = row.pop("dtypes")
     training, track, momentum = row.pop("mode")
     drop_p, drop_mode = row.pop("dropout")
-    return Case(**row, dtype=dtype, param_dtype=param_dtype, training=training, track=track, momentum=momentum,
-                drop_p=drop_p, drop_mode=drop_mode)
+    return Case(
+        **row,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        training=training,
+        track=track,
+        momentum=momentum,
+        drop_p=drop_p,
+        drop_mode=drop_mode,
+    )
 
 
 def _cases(**factors: list[Any]) -> list[Case]:
@@ -61,8 +69,12 @@ def _cases(**factors: list[Any]) -> list[Case]:
 @pytest.mark.parametrize(
     "case",
     _cases(
-        shape=SHAPES, act=list(ACTIVATIONS), dtypes=_DTYPES,
-        layout=list(LAYOUTS), grad_layout=list(LAYOUTS), residual=[None, *LAYOUTS],
+        shape=SHAPES,
+        act=list(ACTIVATIONS),
+        dtypes=_DTYPES,
+        layout=list(LAYOUTS),
+        grad_layout=list(LAYOUTS),
+        residual=[None, *LAYOUTS],
     ),
     ids=str,
 )
@@ -73,9 +85,12 @@ def test_every_pair_of_choices(case: Case, device: torch.device, capability: str
 @pytest.mark.parametrize(
     "case",
     _cases(
-        shape=LARGE_SHAPES, act=["identity", "relu", "gelu"], dtypes=_DTYPES,
+        shape=LARGE_SHAPES,
+        act=["identity", "relu", "gelu"],
+        dtypes=_DTYPES,
         layout=["contiguous", "channels_last", "channels_first", "some_channels", "some_channels_last"],
-        grad_layout=["contiguous", "channels_last"], residual=[None, "contiguous"],
+        grad_layout=["contiguous", "channels_last"],
+        residual=[None, "contiguous"],
     ),
     ids=str,
 )

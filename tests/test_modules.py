@@ -210,7 +210,8 @@ def _through_torch_save(layer: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), _through_torch_save],
+    "duplicate",
+    [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), _through_torch_save],
     ids=["deepcopy", "pickle", "torch.save"],
 )
 @pytest.mark.parametrize(
@@ -408,9 +409,7 @@ def test_the_same_training(memory_format: torch.memory_format) -> None:
             optimizer.step()
             losses.append(loss.item())
     torch.testing.assert_close(losses[:3], losses[3:], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(
-        dict(networks[0].state_dict()), dict(networks[1].state_dict()), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(dict(networks[0].state_dict()), dict(networks[1].state_dict()), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(networks[0].eval()(x), networks[1].eval()(x), rtol=1e-4, atol=1e-5)
 
 

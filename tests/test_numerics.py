@@ -55,9 +55,7 @@ def test_hard_values(case: Case, training: bool, device: torch.device, capabilit
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
 @pytest.mark.parametrize("case", [*_paths(), *_paths(training=False), *_paths(dtype=bf16)], ids=str)
-def test_nan_and_infinity(
-    case: Case, place: int, value: float, device: torch.device, capability: str
-) -> None:
+def test_nan_and_infinity(case: Case, place: int, value: float, device: torch.device, capability: str) -> None:
     """They come out where torch lets them out: of one channel, and as the same kind."""
     sample = make_sample(case, device)
     plane = sample.input[place, 1]
@@ -100,15 +98,12 @@ def test_one_value_per_channel_in_evaluation(shape: tuple[int, ...], device: tor
 @pytest.mark.parametrize(
     "options", [{}, {"drop_p": 0.3, "residual": "contiguous", "act": "relu"}, {"drop_p": 0.3, "drop_mode": "element"}]
 )
-def test_no_values(
-    shape: tuple[int, ...], training: bool, options: dict[str, Any], device: torch.device
-) -> None:
+def test_no_values(shape: tuple[int, ...], training: bool, options: dict[str, Any], device: torch.device) -> None:
     """As eager: statistics stay as they are, gradients of parameters are zeros."""
     sample = make_sample(Case(shape, training=training, **options), device)
     results, eager_results = (run(operator, sample.fresh()) for operator in (fused, eager))
     for name, got in results.items():
         torch.testing.assert_close(got, eager_results[name], rtol=0, atol=0, msg=name)
-
 
 
 @pytest.mark.parametrize("training", [True, False])

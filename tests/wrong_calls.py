@@ -1,4 +1,4 @@
-"""Calls of the compiled operators that make no sense. As a script: prints what each raises, as lines of name, tab, error."""
+"""Calls of the compiled operators that make no sense. As a script: prints what each raises, as name, tab, error."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ def _full_size(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.ones(N, C, H, W, dtype=dtype)
 
 
-def _forward(**changes: Any) -> Callable[[], object]:
+def _call_forward(**changes: Any) -> Any:
     right: dict[str, Any] = {
         "input": _full_size(), "weight": torch.ones(C), "bias": torch.ones(C), "residual": None, "mask": None,
         "running_mean": torch.ones(C), "running_var": torch.ones(C), "num_batches_tracked": torch.tensor(0),
         "training": True, "momentum": 0.1, "eps": 1e-5, "activation": 1, "activation_params": [0.0] * 3,
         "drop_scale": 1.0, "save_flat_bits": False,
     }  # fmt: skip
-    return lambda: fl.ops.batch_norm_act_fwd(**right | changes)
+    return fl.ops.batch_norm_act_fwd(**right | changes)
+
+
+def _forward(**changes: Any) -> Callable[[], object]:
+    return lambda: _call_forward(**changes)
 
 
 def _backward(**changes: Any) -> Callable[[], object]:
     """With what the forward operator returned for the right input, except for `changes`."""
 
     def call() -> object:
-        _, mean, invstd, _ = _forward()()  # type: ignore[misc]
+        _, mean, invstd, _ = _call_forward()
         right: dict[str, Any] = {
             "grad_output": _full_size(), "input": _full_size(), "weight": torch.ones(C), "bias": torch.ones(C),
             "residual": None, "flat_bits": None, "mask": None, "mean": mean, "invstd": invstd, "training": True,

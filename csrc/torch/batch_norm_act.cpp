@@ -167,8 +167,8 @@ FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor 
   Tensor grad_input = torch::stable::empty_like(input);
   const Geometry g = geometry_of(grad_input);
   check_flat_bits(g, flat_bits);
-  const Tensor none = empty_vector(input, 0, input.scalar_type());
-  Tensor grad_residual = residual_grad ? torch::stable::empty_like(input) : none;
+  const auto none = [&] { return empty_vector(input, 0, input.scalar_type()); };
+  Tensor grad_residual = residual_grad ? torch::stable::empty_like(input) : none();
   std::vector<double> grad_weight(affine_grad ? static_cast<std::size_t>(channels) : 0), grad_bias(grad_weight);
   if (input.numel() > 0) {
     BackwardArgs args;
@@ -197,7 +197,7 @@ FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor 
     if (input_out) input_out->finish();
     if (residual_out) residual_out->finish();
   }
-  return {input_grad ? grad_input : none, channel_gradient(input, weight, grad_weight),
+  return {input_grad ? grad_input : none(), channel_gradient(input, weight, grad_weight),
           channel_gradient(input, bias, grad_bias), grad_residual};
 }
 

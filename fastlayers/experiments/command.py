@@ -11,7 +11,7 @@ import torch
 import fastlayers as fl
 from fastlayers.cli import needs_extra
 
-EPOCHS = {"digits": 10, "cifar10": 4}
+EPOCHS = {"digits": 15, "cifar10": 4}
 # A tenth of CIFAR-10 takes a few minutes on two cores.
 FRACTIONS = {"digits": 1.0, "cifar10": 0.1}
 
@@ -29,7 +29,7 @@ def _per_dataset(values: Mapping[str, float]) -> str:
     help=f"Share of the images to use.  {_per_dataset(FRACTIONS)}",
 )
 @click.option("--epochs", type=click.IntRange(min=1), help=_per_dataset(EPOCHS))
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
 @click.option(

@@ -40,9 +40,9 @@ PLANS = {
     "digits": CnnPlan(
         (
             Block(1, 64, kernel=3, pool=2, pool_padding=0, stride=2),
-            Block(64, 128, kernel=3, pool=2, pool_padding=0, stride=2),
+            Block(64, 64, kernel=3, pool=2, pool_padding=0, stride=2),
         ),
-        features=128 * 2 * 2,
+        features=64 * 2 * 2,
     ),
     # 32x32 -> 11x11 -> 4x4
     "cifar10": CnnPlan(

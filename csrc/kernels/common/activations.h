@@ -135,17 +135,17 @@ struct Mish {
   static constexpr bool two_valued = false;
   FL_INLINE explicit Mish(const double*) {}
   FL_INLINE V value(V z) const {
-    const V e = exp_of(z), w = e * (e + M::splat(2));
+    const V e = M::exp(limited(z)), w = e * (e + M::splat(2));
     return z * (w / (w + M::splat(2)));
   }
   FL_INLINE V gradient(V g, V z) const {
-    const V e = exp_of(z), w = e * (e + M::splat(2)), inverse = M::splat(1) / (w + M::splat(2));
-    return g * (w * inverse + z * (M::splat(4) * e * (M::splat(1) + e) * inverse) * inverse);
+    const V e = M::exp(limited(z)), w = e * (e + M::splat(2)), inverse = M::splat(1) / (w + M::splat(2));
+    return g * (w * inverse + limited(z) * (M::splat(4) * e * (M::splat(1) + e) * inverse) * inverse);
   }
 
  private:
-  // From 20 on w / (w + 2) is 1 in both precisions, and w stays finite.
-  FL_INLINE static V exp_of(V z) { return M::exp(M::min(z, 20)); }
+  // From 20 on w / (w + 2) is 1 and the rest of the gradient nothing beside it, in both precisions; w stays finite.
+  FL_INLINE static V limited(V z) { return M::min(z, 20); }
 };
 
 template <class M>

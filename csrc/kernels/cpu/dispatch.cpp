@@ -1,7 +1,8 @@
 // Chooses, at run time, among the kernels that were compiled for several instruction sets.
 #include <atomic>
 #include <cstdlib>
-#include <string_view>
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
@@ -50,10 +51,12 @@ bool runs_here(Capability capability) {
 
 Capability allowed_by_environment() {
   const char* value = std::getenv("FASTLAYERS_CPU_CAPABILITY");
-  const std::string_view name = value ? value : "avx512";
+  const std::string name = value ? value : "";
   if (name == "baseline") return Capability::baseline;
   if (name == "avx2") return Capability::avx2;
-  return Capability::avx512;
+  if (name == "avx512" || name.empty()) return Capability::avx512;
+  throw std::runtime_error("FASTLAYERS_CPU_CAPABILITY: unknown instruction set '" + name +
+                           "'; allowed: baseline, avx2, avx512");
 }
 
 Capability best() {

@@ -1,0 +1,151 @@
+"""Activations: how names, classes and modules are read, and how exactly the kernels compute each."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastlayers as fl
+from fastlayers import activations
+from tests.cases import ACTIVATIONS
+from tests.oracle import kinds
+
+NAMES = (
+    "identity", "relu", "relu6", "leaky_relu", "rrelu", "elu", "selu", "celu", "silu", "mish", "gelu", "gelu_tanh",
+    "sigmoid", "tanh", "hardswish", "hardsigmoid", "softplus",
+)  # fmt: skip
+
+
+def test_names() -> None:
+    assert activations.NAMES == NAMES
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        *((name, name) for name in NAMES),
+        *((name.upper(), name) for name in NAMES),
+        ("swish", "silu"), ("hard_swish", "hardswish"), ("hard_sigmoid", "hardsigmoid"), ("none", "identity"),
+        (None, "identity"), (nn.Identity, "identity"), (nn.ReLU(inplace=True), "relu"), (nn.RReLU, "rrelu"),
+        (nn.GELU("tanh"), "gelu"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_resolve(given: Any, name: str) -> None:
+    activation = activations.resolve(given)
+    assert activation.name == name
+    assert activations.resolve(activation) is activation
+    assert activation == copy.deepcopy(activation) == pickle.loads(pickle.dumps(activation))
+
+
+def test_parameters_are_told_apart() -> None:
+    assert activations.resolve(nn.LeakyReLU(0.2)) != activations.resolve(nn.LeakyReLU(0.3))
+    assert activations.resolve("elu", {"alpha": 1.0}).params == activations.resolve("elu").params
+    assert activations.resolve(nn.GELU("tanh")).code == activations.resolve("gelu_tanh").code
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if activations.resolve(n).derivatives is not None])
+def test_two_valued_derivatives(name: str) -> None:
+    """What `derivatives` says they are."""
+    activation = activations.resolve(name)
+    z = torch.linspace(-10, 10, 1001, dtype=torch.float64).requires_grad_()
+    (slope,) = torch.autograd.grad(activation.apply(z).sum(), z)
+    assert sorted(set(slope.tolist())) == sorted(set(activation.derivatives or ()))
+
+
+def _through_the_kernel(activation: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and derivative at `x` by the fused kernels, set up so that x is what goes into the activation."""
+    column = x.view(-1, 1).clone().requires_grad_()
+    mean, var = torch.zeros(1, dtype=x.dtype), torch.ones(1, dtype=x.dtype)
+    y = fl.functional.batch_norm_act(column, mean, var, eps=0.0, act=activation)
+    (slope,) = torch.autograd.grad(y, column, torch.ones_like(y))
+    return y.detach().view(-1), slope.view(-1)
+
+
+def _by_torch(activation: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.clone().requires_grad_()
+    y = activation(leaf)
+    (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+    return y.detach(), slope
+
+
+def _grid() -> Tensor:
+    """Floats of all magnitudes, subnormal ones too, and densely those where activations bend; sorted."""
+    bits = torch.arange(0, 0x7F800000, 0x7F800000 // 100_000, dtype=torch.int32)
+    magnitudes = bits.view(torch.float32)
+    dense = torch.linspace(-25, 25, 200_001)
+    return torch.cat((-magnitudes, magnitudes, dense)).sort().values
+
+
+# Units in the last place of the larger of 1 and the result.
+VALUE_ULPS = 3.0
+# z * (1 - sigmoid(z)) cancels near z = 17 for silu and mish, in torch's formula as in ours.
+SLOPE_ULPS = 9.0
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_accuracy_in_float32(name: str, capability: str, device: torch.device) -> None:
+    """Against torch in float64; in the tails, where results are tiny, against torch's own error there too."""
+    if device.type != "cpu":
+        pytest.skip("the compiled kernels serve the CPU")
+    x = _grid()
+    eps = torch.finfo(torch.float32).eps
+    exact, theirs, ours = (
+        _by_torch(ACTIVATIONS[name], x.double()),
+        _by_torch(ACTIVATIONS[name], x),
+        _through_the_kernel(ACTIVATIONS[name], x),
+    )
+    for got, torchs, right, ulps in zip(ours, theirs, exact, (VALUE_ULPS, SLOPE_ULPS), strict=True):
+        # Where torch's float32 overflows within the formula, so may ours.
+        valid = torchs.isfinite() & right.float().isfinite()
+        assert got[valid].isfinite().all()
+        error, their_error = ((r.double() - right).abs() for r in (got, torchs))
+        assert (error[valid] <= ulps * eps * right[valid].abs().clamp_min(1)).all()
+        bins = torch.where(valid, torch.stack((error, their_error, right.abs())), 0)
+        bins = bins[:, : bins.shape[1] // 64 * 64].view(3, -1, 64).amax(2)
+        # What is subnormal may as well be zero.
+        tiny = torch.finfo(torch.float32).smallest_normal
+        assert (bins[0] <= 2 * bins[1] + 4 * eps * bins[2] + tiny).all()
+
+
+SPECIAL = [0.0, 1e-45, 1e-38, 3.0, 6.0, 20.0, 5.0, 90.0, 1e19, 3e38, float("inf")]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_special_values(name: str, dtype: torch.dtype, capability: str, device: torch.device) -> None:
+    """At kinks, zeros, infinities and NaN: what torch gives in this dtype, or what is right where torch is not."""
+    if device.type != "cpu":
+        pytest.skip("the compiled kernels serve the CPU")
+    x = torch.tensor([*SPECIAL, *(-s for s in SPECIAL), float("nan")], dtype=torch.float64).to(dtype)
+    results = zip(
+        _through_the_kernel(ACTIVATIONS[name], x),
+        _by_torch(ACTIVATIONS[name], x),
+        _by_torch(ACTIVATIONS[name], x.double()),
+        strict=True,
+    )
+    for got, theirs, right in results:
+        as_torch = (kinds(got) == kinds(theirs)) & _close(got, theirs)
+        as_defined = (kinds(got) == kinds(right.to(dtype))) & _close(got, right.to(dtype))
+        assert (as_torch | as_defined).all(), list(zip(x.tolist(), got.tolist(), theirs.tolist(), right.tolist()))
+
+
+def _close(a: Tensor, b: Tensor) -> Tensor:
+    tolerance = max(torch.finfo(a.dtype).eps * 8, 1e-6)  # torch's hardsigmoid is float32's in float64
+    return torch.isclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_accuracy_in_float64(name: str, capability: str, device: torch.device) -> None:
+    """The double kernels, which check gradients, against torch's."""
+    if device.type != "cpu":
+        pytest.skip("the compiled kernels serve the CPU")
+    x = torch.linspace(-30, 30, 20_001, dtype=torch.float64)
+    for got, theirs in zip(_through_the_kernel(ACTIVATIONS[name], x), _by_torch(ACTIVATIONS[name], x), strict=True):
+        tolerance = 1e-6 if name == "hardsigmoid" else 1e-13  # torch's is 1 / 6 in float32
+        torch.testing.assert_close(got, theirs, rtol=tolerance, atol=tolerance)
