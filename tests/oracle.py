@@ -86,7 +86,7 @@ def eager(sample: Sample) -> Tensor:
     if case.training and sample.num_batches_tracked is not None:
         sample.num_batches_tracked.add_(1)
         momentum = 1 / sample.num_batches_tracked.item() if momentum is None else momentum
-    y = F.batch_norm(
+    z = F.batch_norm(
         sample.input,
         sample.running_mean,
         sample.running_var,
@@ -97,8 +97,8 @@ def eager(sample: Sample) -> Tensor:
         case.eps,
     )
     if sample.residual is not None:
-        y = y + sample.residual
-    y = ACTIVATIONS[case.act](y)
+        z = z + sample.residual
+    y: Tensor = ACTIVATIONS[case.act](z)
     return y if sample.mask is None else y * _noise(sample, y)
 
 

@@ -27,13 +27,43 @@ def _only_compiled_operators(device: torch.device) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _forward_arguments(x: Tensor, training: bool, residual: bool, mask: Tensor | None) -> tuple[Any, ...]:
+_RELU: dict[str, Any] = {"activation": 1, "activation_params": [0.0, 0.0, 0.0]}
+
+
+def _forward_arguments(x: Tensor, training: bool, residual: bool, mask: Tensor | None) -> dict[str, Any]:
     channels = x.shape[1]
+    return _RELU | {
+        "input": x,
+        "weight": torch.rand(channels),
+        "bias": None,
+        "residual": torch.randn_like(x) if residual else None,
+        "mask": mask,
+        "running_mean": torch.zeros(channels),
+        "running_var": torch.ones(channels),
+        "num_batches_tracked": torch.tensor(2),
+        "training": training,
+        "momentum": None if residual else 0.1,
+        "eps": 1e-5,
+        "drop_scale": 2.0,
+        "save_flat_bits": residual,
+    }
+
+
+def _backward_arguments(forward: dict[str, Any]) -> dict[str, Any]:
+    """With what the forward operator returns for its arguments, and a gradient in another layout."""
+    _, mean, invstd, flat_bits = fl.ops.batch_norm_act_fwd(**forward)
+    shared = {name: forward[name] for name in ("input", "weight", "bias", "mask", "training", "drop_scale")}
     return (
-        x, torch.rand(channels), None, torch.randn_like(x) if residual else None, mask,
-        torch.zeros(channels), torch.ones(channels), torch.tensor(2),
-        training, None if residual else 0.1, 1e-5, 1, [0.0, 0.0, 0.0], 2.0 if mask is not None else 1.0, residual,
-    )  # fmt: skip
+        shared
+        | _RELU
+        | {
+            "grad_output": in_layout(torch.randn(forward["input"].shape), "channels_last"),
+            "residual": None,
+            "flat_bits": flat_bits if forward["save_flat_bits"] else None,
+            "mean": mean,
+            "invstd": invstd,
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,29 +84,12 @@ def test_fused_operators(layout: str, training: bool, masked: str) -> None:
     mask = torch.rand(4, 10) > 0.5 if masked == "channel" else None
     if masked == "element":
         mask = fl.ops.pack_mask(torch.rand_like(x) > 0.5, False)
-    arguments = _forward_arguments(x, training, residual, mask)
-    opcheck(fl.ops.batch_norm_act_fwd, arguments)
-    _, mean, invstd, flat_bits = fl.ops.batch_norm_act_fwd(*arguments)
+    forward = _forward_arguments(x, training, residual, mask)
+    opcheck(fl.ops.batch_norm_act_fwd, (), forward)
+    backward = _backward_arguments(forward)
     for wanted in ((True, True, True), (False, True, False), (True, False, False), (False, False, False)):
-        opcheck(
-            fl.ops.batch_norm_act_bwd,
-            (
-                in_layout(torch.randn(4, 10, 3, 5), "channels_last"),
-                x,
-                arguments[1],
-                None,
-                None,
-                flat_bits if residual else None,
-                mask,
-                mean,
-                invstd,
-                training,
-                1,
-                [0.0, 0.0, 0.0],
-                2.0,
-                *wanted,
-            ),  # fmt: skip
-        )
+        flags = dict(zip(("input_grad", "affine_grad", "residual_grad"), wanted, strict=True))
+        opcheck(fl.ops.batch_norm_act_bwd, (), backward | flags)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

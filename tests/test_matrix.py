@@ -38,28 +38,24 @@ LARGE_SHAPES = [
     (65, 1, 23, 1, 23),  # spans of several planes, one channel
 ]
 _DTYPES = [(f32, f32), (f64, f64), (bf16, f32), (bf16, bf16), (f16, f32), (f16, f16)]
-_OPTIONS = {
+# Attributes of a case that are one choice.
+_TOGETHER = {
+    "dtypes": ("dtype", "param_dtype"),
+    "mode": ("training", "track", "momentum"),
+    "dropout": ("drop_p", "drop_mode"),
+}
+_OPTIONS: dict[str, list[Any]] = {
     "affine": ["both", "none", "no bias", "frozen weight"],
-    # training, running statistics, momentum
     "mode": [(True, True, 0.1), (True, True, None), (True, False, 0.1), (False, True, 0.1)],
     "dropout": [(0.0, "channel"), (0.3, "channel"), (1.0, "channel"), (0.3, "element"), (1.0, "element")],
 }
 
 
 def _case(row: dict[str, Any]) -> Case:
-    dtype, param_dtype = row.pop("dtypes")
-    training, track, momentum = row.pop("mode")
-    drop_p, drop_mode = row.pop("dropout")
-    return Case(
-        **row,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        training=training,
-        track=track,
-        momentum=momentum,
-        drop_p=drop_p,
-        drop_mode=drop_mode,
-    )
+    attributes = dict(row)
+    for factor, names in _TOGETHER.items():
+        attributes |= zip(names, attributes.pop(factor), strict=True)
+    return Case(**attributes)
 
 
 def _cases(**factors: list[Any]) -> list[Case]:

@@ -31,9 +31,9 @@ using Math = SimdMath<float>;
 
 extern const SimdFunctions FASTLAYERS_JOIN(simd_, FASTLAYERS_ISA);
 const SimdFunctions FASTLAYERS_JOIN(simd_, FASTLAYERS_ISA){
-    each_vector<Math::exp>,     each_vector<Math::expm1>, each_vector<Math::log1p>, each_vector<Math::tanh>,
-    each_vector<Math::erf>,     convert_all<bf16, f32>,   convert_all<f16, f32>,    convert_all<f32, bf16>,
-    convert_all<f32, f16>,
+    each_vector<Math::exp>,  each_vector<Math::expm1>, each_vector<Math::log1p>,
+    each_vector<Math::tanh>, each_vector<Math::erf>,   convert_all<bf16, f32>,
+    convert_all<f16, f32>,   convert_all<f32, bf16>,   convert_all<f32, f16>,
 };
 
 }  // namespace fastlayers

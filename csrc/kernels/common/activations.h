@@ -38,10 +38,16 @@ inline constexpr int kActivationParams = 3;
 
 inline namespace FASTLAYERS_ISA {
 
+// sigmoid(z) and its derivative, by exp(-|z|): neither overflows, and no digits of the small ones cancel.
 template <class M>
-FL_INLINE typename M::V sigmoid_of(typename M::V z) {
-  return M::splat(1) / (M::splat(1) + M::exp(-z));
-}
+struct Logistic {
+  typename M::V value, derivative;
+  FL_INLINE explicit Logistic(typename M::V z) {
+    const auto e = M::exp(-M::abs(z)), d = M::splat(1) / (M::splat(1) + e);
+    value = M::select(z < M::splat(0), e * d, d);
+    derivative = e * d * d;
+  }
+};
 
 template <class M>
 struct Identity {
@@ -93,7 +99,7 @@ struct LeakyRelu : TwoValued<LeakyRelu<M>, M> {
   typename M::S negative_slope;
   FL_INLINE explicit LeakyRelu(const double* p) : negative_slope(p[0]) {}
   FL_INLINE V value(V z) const { return M::select(z <= M::splat(0), z * negative_slope, z); }
-  FL_INLINE auto flat(V z) const { return z <= M::splat(0); }
+  FL_INLINE auto flat(V z) const { return M::negate(z > M::splat(0)); }
   template <class Mask>
   FL_INLINE V gradient_if(V g, Mask flat) const {
     return M::select(flat, g * negative_slope, g);
@@ -112,7 +118,7 @@ struct Elu {
   }
   FL_INLINE V gradient(V g, V z) const {
     const V below = M::exp(M::min(z, 0) * inner) * (negative * inner);
-    return g * M::select(z > M::splat(0), M::splat(positive), below);
+    return g * M::select(z <= M::splat(0), below, M::splat(positive));
   }
 };
 
@@ -123,8 +129,8 @@ struct Silu {
   FL_INLINE explicit Silu(const double*) {}
   FL_INLINE V value(V z) const { return z / (M::splat(1) + M::exp(-z)); }
   FL_INLINE V gradient(V g, V z) const {
-    const V s = sigmoid_of<M>(z);
-    return g * (s * (M::splat(1) + z * (M::splat(1) - s)));
+    const Logistic<M> s(z);
+    return g * (s.value + z * s.derivative);
   }
 };
 
@@ -165,23 +171,23 @@ struct Gelu {
   FL_INLINE static V cdf(V z) { return M::splat(0.5) + M::splat(0.5) * M::erf(z * M::splat(kSqrtHalf)); }
 };
 
-// Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415, section 2.
+// Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415, section 2, with 0.5 (1 + tanh(u)) = sigmoid(2 u).
 template <class M>
 struct GeluTanh {
   using V = typename M::V;
   static constexpr bool two_valued = false;
-  static constexpr double kSqrtTwoOverPi = 0.79788456080286535588;
+  static constexpr double kTwoSqrtTwoOverPi = 1.59576912160573071176;
   static constexpr double kCubic = 0.044715;
   FL_INLINE explicit GeluTanh(const double*) {}
-  FL_INLINE V value(V z) const { return M::splat(0.5) * z * (M::splat(1) + M::tanh(inner(z))); }
+  FL_INLINE V value(V z) const { return z * Logistic<M>(inner(z)).value; }
   FL_INLINE V gradient(V g, V z) const {
-    const V t = M::tanh(inner(z));
-    const V slope = M::splat(kSqrtTwoOverPi) * (M::splat(1) + M::splat(3 * kCubic) * z * z);
-    return g * (M::splat(0.5) * (M::splat(1) + t) + M::splat(0.5) * z * (M::splat(1) - t * t) * slope);
+    const Logistic<M> s(inner(z));
+    const V slope = M::splat(kTwoSqrtTwoOverPi) * (M::splat(1) + M::splat(3 * kCubic) * z * z);
+    return g * (s.value + z * slope * s.derivative);
   }
 
  private:
-  FL_INLINE static V inner(V z) { return M::splat(kSqrtTwoOverPi) * (z + M::splat(kCubic) * z * z * z); }
+  FL_INLINE static V inner(V z) { return M::splat(kTwoSqrtTwoOverPi) * (z + M::splat(kCubic) * z * z * z); }
 };
 
 template <class M>
@@ -189,11 +195,8 @@ struct Sigmoid {
   using V = typename M::V;
   static constexpr bool two_valued = false;
   FL_INLINE explicit Sigmoid(const double*) {}
-  FL_INLINE V value(V z) const { return sigmoid_of<M>(z); }
-  FL_INLINE V gradient(V g, V z) const {
-    const V s = sigmoid_of<M>(z);
-    return g * (s * (M::splat(1) - s));
-  }
+  FL_INLINE V value(V z) const { return Logistic<M>(z).value; }
+  FL_INLINE V gradient(V g, V z) const { return g * Logistic<M>(z).derivative; }
 };
 
 template <class M>
@@ -202,10 +205,8 @@ struct Tanh {
   static constexpr bool two_valued = false;
   FL_INLINE explicit Tanh(const double*) {}
   FL_INLINE V value(V z) const { return M::tanh(z); }
-  FL_INLINE V gradient(V g, V z) const {
-    const V t = M::tanh(z);
-    return g * (M::splat(1) - t * t);
-  }
+  // 1 - tanh(z)^2 = 4 sigmoid'(2 z)
+  FL_INLINE V gradient(V g, V z) const { return g * (M::splat(4) * Logistic<M>(z + z).derivative); }
 };
 
 template <class M>
@@ -225,7 +226,7 @@ struct Hardsigmoid : TwoValued<Hardsigmoid<M>, M> {
   using V = typename M::V;
   FL_INLINE explicit Hardsigmoid(const double*) {}
   FL_INLINE V value(V z) const { return M::clamp(z + M::splat(3), 0, 6) * M::splat(1.0 / 6); }
-  FL_INLINE auto flat(V z) const { return (z <= M::splat(-3)) | (z >= M::splat(3)); }
+  FL_INLINE auto flat(V z) const { return M::negate((z > M::splat(-3)) & (z < M::splat(3))); }
   template <class Mask>
   FL_INLINE V gradient_if(V g, Mask flat) const {
     return M::select(flat, M::splat(0), g * M::splat(1.0 / 6));
@@ -245,7 +246,7 @@ struct Softplus {
   }
   FL_INLINE V gradient(V g, V z) const {
     const V t = z * beta;
-    return M::select(t > M::splat(threshold), g, g * sigmoid_of<M>(t));
+    return M::select(t > M::splat(threshold), g, g * Logistic<M>(t).value);
   }
 };
 

@@ -19,6 +19,7 @@ struct SimdMathBase {
 
   FL_INLINE static V splat(double s) { return V{} + static_cast<S>(s); }
   FL_INLINE static V select(Mask<S> mask, V yes, V no) { return mask ? yes : no; }
+  FL_INLINE static Mask<S> negate(Mask<S> mask) { return ~mask; }
   // A NaN passes through min, max and clamp.
   FL_INLINE static V min(V v, double limit) { return select(v > splat(limit), splat(limit), v); }
   FL_INLINE static V max(V v, double limit) { return select(v < splat(limit), splat(limit), v); }
@@ -54,8 +55,10 @@ struct SimdMath<float> : SimdMathBase<float> {
   }
 
   FL_INLINE static V tanh(V x) {
-    const V m = expm1(-2.0f * abs(x));
-    const V magnitude = -m / (m + 2.0f);
+    const V a = abs(x);
+    // Near zero expm1 keeps the digits of x, further out 1 - 2 e / (1 + e) those of the distance from 1.
+    const V m = expm1(-2.0f * a), e = exp(-2.0f * a);
+    const V magnitude = select(a < 0.55f, -m / (m + 2.0f), 1.0f - (e + e) / (1.0f + e));
     return select(x < 0.0f, -magnitude, magnitude);
   }
 
