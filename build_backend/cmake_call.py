@@ -12,7 +12,7 @@ from target_torch import find_torch
 ROOT = Path(__file__).resolve().parent.parent
 # One folder for every kind of build: the kernels, which take the time, are then compiled only once.
 BUILD_DIR = ROOT / "build" / "cmake"
-# CMake reads these once, when it first looks for compilers.
+# CMake looks at these, and for Python, in a new build folder only.
 _COMPILER_VARIABLES = ("CC", "CFLAGS", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDA_HOME")
 
 
@@ -36,7 +36,7 @@ def install(target: str, destination: Path) -> None:
 
 def _configure(options: dict[str, str]) -> None:
     stamp = BUILD_DIR / "environment.txt"
-    environment = repr([sys.executable, *map(os.environ.get, _COMPILER_VARIABLES)])
+    environment = repr([sysconfig.get_path("include"), *map(os.environ.get, _COMPILER_VARIABLES)])
     if not stamp.exists() or stamp.read_text() != environment:
         shutil.rmtree(BUILD_DIR, ignore_errors=True)
     # Gone until CMake succeeds: a cache that remembers a missing compiler must not be used again.

@@ -14,6 +14,9 @@ if(FASTLAYERS_CUDA STREQUAL 0)
 elseif(NOT cuda_sources)
   set(FASTLAYERS_WHY_NO_CUDA "this version of fastlayers has no CUDA kernels")
 else()
+  if(NOT CMAKE_CUDA_COMPILER)
+    unset(CMAKE_CUDA_COMPILER CACHE)  # "none", from an earlier look: there may be one by now
+  endif()
   find_program(FASTLAYERS_NVCC nvcc HINTS "$ENV{CUDA_HOME}/bin" PATHS /usr/local/cuda/bin)
   if(FASTLAYERS_NVCC AND NOT DEFINED ENV{CUDACXX})
     set(ENV{CUDACXX} "${FASTLAYERS_NVCC}")  # where CMake looks for it
