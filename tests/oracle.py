@@ -144,7 +144,7 @@ def _size(name: str, sample: Sample) -> float:
     """The size that the sum behind a parameter's gradient has where its terms do not cancel: their 2-norm."""
     if name not in ("gradient of weight", "gradient of bias") or sample.grad_output.numel() == 0:
         return 0.0
-    return sample.grad_output.double().transpose(0, 1).flatten(1).norm(dim=1).max().item()
+    return float(sample.grad_output.double().transpose(0, 1).flatten(1).norm(dim=1).max())
 
 
 def check(case: Case, device: torch.device) -> None:

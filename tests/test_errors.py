@@ -108,8 +108,8 @@ BATCH_NORM = [
     ),
     Mistake("one value per channel", _batch_norm(input=_x(1, 5), training=True), ("input", "1")),
     Mistake("one value in planes", _batch_norm(input=_x(1, 5, 1, 1), training=True), ("input", "1, 5, 1, 1")),
-    Mistake("eps of zero", _batch_norm(training=True, eps=0.0), ("eps", "0")),
-    Mistake("negative eps", _batch_norm(training=True, eps=-1.0), ("eps", "-1")),
+    Mistake("eps of zero", _batch_norm(training=True, eps=0.0), ("eps", "0"), same_text=False),
+    Mistake("negative eps", _batch_norm(training=True, eps=-1.0), ("eps", "-1"), same_text=False),
     Mistake("no momentum", _batch_norm(training=True, momentum=None), ("momentum", "num_batches_tracked")),
     *(
         Mistake(
@@ -151,16 +151,19 @@ DROPOUT = [
 ]
 
 
-def _error(call: Callable[[Any], object], argument: Any) -> Exception:
+def _error(call: Callable[[Any], object], argument: Any) -> Exception | None:
     try:
         call(argument)
     except Exception as error:
         return error
-    pytest.fail("no error")
+    return None
 
 
-def _assert_like(ours: Exception, theirs: Exception, same_text: bool = True) -> None:
-    """The same type; torch's first line comes first."""
+def _assert_like(ours: Exception | None, theirs: Exception | None, same_text: bool = True) -> None:
+    """The same type; torch's first line comes first. Where torch allows it, as some versions do, any error."""
+    assert ours is not None
+    if theirs is None:
+        return
     assert type(ours) is type(theirs), f"{ours!r} where torch raises {theirs!r}"
     if same_text:
         # The position of an argument is another matter in another function.

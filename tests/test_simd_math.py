@@ -21,7 +21,7 @@ MATH = [
     ("exp", -INF, INF, 1.1),
     ("expm1", -INF, 88.0, 1.8),
     ("log1p", 0.0, 1.0, 2.1),
-    ("tanh", -INF, INF, 2.6),
+    ("tanh", -INF, INF, 2.2),
     ("erf", -INF, INF, 1.3),
 ]
 

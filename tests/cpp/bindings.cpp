@@ -14,10 +14,10 @@ namespace py = pybind11;
 
 namespace fastlayers {
 
-// Defined by isa_simd.cpp.
-#define FASTLAYERS_DECLARE(isa) extern const SimdFunctions simd_##isa;
-FASTLAYERS_FOR_EACH_ISA(FASTLAYERS_DECLARE)
-#undef FASTLAYERS_DECLARE
+// FASTLAYERS_EACH_ISA is FASTLAYERS_DO(isa) for each that was compiled. The tables are defined by isa_simd.cpp.
+#define FASTLAYERS_DO(isa) extern const SimdFunctions simd_##isa;
+FASTLAYERS_EACH_ISA
+#undef FASTLAYERS_DO
 
 namespace {
 
@@ -28,9 +28,9 @@ struct InstructionSet {
 };
 
 const std::vector<InstructionSet>& compiled() {
-#define FASTLAYERS_ENTRY(isa) {#isa, Capability::isa, &simd_##isa},
-  static const std::vector<InstructionSet> all{FASTLAYERS_FOR_EACH_ISA(FASTLAYERS_ENTRY)};
-#undef FASTLAYERS_ENTRY
+#define FASTLAYERS_DO(isa) {#isa, Capability::isa, &simd_##isa},
+  static const std::vector<InstructionSet> all{FASTLAYERS_EACH_ISA};
+#undef FASTLAYERS_DO
   return all;
 }
 

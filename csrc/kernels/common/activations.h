@@ -179,14 +179,17 @@ struct GeluTanh {
   static constexpr double kTwoSqrtTwoOverPi = 1.59576912160573071176;
   static constexpr double kCubic = 0.044715;
   FL_INLINE explicit GeluTanh(const double*) {}
-  FL_INLINE V value(V z) const { return z * Logistic<M>(inner(z)).value; }
+  FL_INLINE V value(V z) const { return z * Logistic<M>(inner(limited(z))).value; }
   FL_INLINE V gradient(V g, V z) const {
-    const Logistic<M> s(inner(z));
-    const V slope = M::splat(kTwoSqrtTwoOverPi) * (M::splat(1) + M::splat(3 * kCubic) * z * z);
-    return g * (s.value + z * slope * s.derivative);
+    const V near = limited(z);
+    const Logistic<M> s(inner(near));
+    const V slope = M::splat(kTwoSqrtTwoOverPi) * (M::splat(1) + M::splat(3 * kCubic) * near * near);
+    return g * (s.value + near * slope * s.derivative);
   }
 
  private:
+  // From 20 on the sigmoid is 0 or 1 and its derivative 0 in both precisions, and nothing overflows.
+  FL_INLINE static V limited(V z) { return M::clamp(z, -20, 20); }
   FL_INLINE static V inner(V z) { return M::splat(kTwoSqrtTwoOverPi) * (z + M::splat(kCubic) * z * z * z); }
 };
 
