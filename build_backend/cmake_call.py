@@ -51,6 +51,8 @@ def _settings() -> dict[str, str]:
     if torch is None:
         raise SystemExit('fastlayers is built against torch: pip install "torch>=2.11" first')
     return {
+        # Said each time: the cache remembers that the tests, which need pybind11, were built here.
+        "FASTLAYERS_BUILD_TESTS": "OFF",
         "CMAKE_BUILD_TYPE": "Debug" if os.environ.get("DEBUG") == "1" else "Release",
         # Named at each call: pip puts ninja into a folder that is gone after the build.
         "CMAKE_MAKE_PROGRAM": _program("ninja"),

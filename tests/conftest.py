@@ -49,6 +49,18 @@ def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     fl.ops.set_cpu_capability(previous)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many tensors of moderate size, where threads wait for each other longer than they work.
+
+    That results do not depend on the number of threads is for test_backends.py.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)

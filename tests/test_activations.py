@@ -16,6 +16,8 @@ from fastlayers import activations
 from tests.cases import ACTIVATIONS
 from tests.oracle import kinds
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = (
     "identity", "relu", "relu6", "leaky_relu", "rrelu", "elu", "selu", "celu", "silu", "mish", "gelu", "gelu_tanh",
     "sigmoid", "tanh", "hardswish", "hardsigmoid", "softplus",

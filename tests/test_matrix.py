@@ -11,6 +11,8 @@ from tests.cases import ACTIVATIONS, Case, pairwise
 from tests.layouts import LAYOUTS
 from tests.oracle import check
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 # Each with what it is there for.

@@ -11,6 +11,8 @@ import torch
 from tests.cases import Case, make_sample
 from tests.oracle import check, eager, fused, kinds, run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 # Planes and rows, whole and split: see PlaneSplit and RowSplit in csrc/kernels/cpu.
