@@ -188,8 +188,8 @@ struct GeluTanh {
   }
 
  private:
-  // From 20 on the sigmoid is 0 or 1 and its derivative 0 in both precisions, and nothing overflows.
-  FL_INLINE static V limited(V z) { return M::clamp(z, -20, 20); }
+  // From 30 on the sigmoid is 0 or 1 and its derivative 0 in both precisions, and nothing overflows.
+  FL_INLINE static V limited(V z) { return M::clamp(z, -30, 30); }
   FL_INLINE static V inner(V z) { return M::splat(kTwoSqrtTwoOverPi) * (z + M::splat(kCubic) * z * z * z); }
 };
 
