@@ -283,7 +283,7 @@ class RowsForward {
       const RowMasks masks(args_.geometry, args_.keep, row, t.channel);
       const ForwardRun<T> run{row_start<T>(args_.input, row, t.channel), row_start<T>(args_.residual, row, t.channel),
                               row_start<T>(args_.output, row, t.channel), advance(args_.flat_bits, masks.bits)};
-      for_each_vector(t.channels, [&](std::int64_t i, auto lanes) {
+      for_each_vector_in_reverse(t.channels, [&](std::int64_t i, auto lanes) {
         fused_.forward(run, i, k.at(i), masks.kept<S>(i, lanes), lanes);
       });
     }
@@ -427,7 +427,7 @@ class RowsBackward {
       const BackwardRun<T> run = run_at(row, t, masks);
       T* grad_input = row_start<T>(args_.grad_input, row, t.channel);
       T* grad_residual = row_start<T>(args_.grad_residual, row, t.channel);
-      for_each_vector(t.channels, [&](std::int64_t i, auto lanes) {
+      for_each_vector_in_reverse(t.channels, [&](std::int64_t i, auto lanes) {
         const Affine<V> affine = k.at(i);
         const V x = load(run.input + i, lanes);
         const V g = fused_.backward(run, i, x, affine, masks.kept<S>(i, lanes), lanes);

@@ -286,15 +286,31 @@ template <class S, class Lanes>
 FL_INLINE Mask<S> load_mask_bytes(const std::uint8_t* p, Lanes lanes) {
   Vec<std::uint8_t> bytes{};
   std::memcpy(&bytes, p, static_cast<std::size_t>(lanes.count));
+#if defined(__AVX512BW__) && defined(__AVX512DQ__)
+  const __mmask16 set = _mm_test_epi8_mask(reinterpret_cast<__m128i>(bytes), reinterpret_cast<__m128i>(bytes));
+  return convert<Mask<S>>(reinterpret_cast<Vec<std::int32_t>>(_mm512_movm_epi32(set)));
+#elif defined(__AVX2__)
+  const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&bytes)));
+  return convert<Mask<S>>(reinterpret_cast<Vec<std::int32_t>>(words) != 0);
+#else
   return convert<Mask<S>>(convert<Vec<std::int32_t>>(bytes) != 0);
+#endif
 }
 
-// Calls f(i, lanes) for the elements i, i + 1, ... of each vector that covers [0, n).
+// Calls f(i, lanes) for the elements i, i + 1, ... of each vector that covers [0, n), from the first to the last.
 template <class F>
 FL_INLINE void for_each_vector(std::int64_t n, F&& f) {
   std::int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) f(i, AllLanes{});
   if (i < n) f(i, FirstLanes{static_cast<int>(n - i)});
+}
+
+// The same from the last to the first.
+template <class F>
+FL_INLINE void for_each_vector_in_reverse(std::int64_t n, F&& f) {
+  std::int64_t i = n & -kLanes;
+  if (i < n) f(i, FirstLanes{static_cast<int>(n - i)});
+  for (i -= kLanes; i >= 0; i -= kLanes) f(i, AllLanes{});
 }
 
 }  // namespace FASTLAYERS_ISA
