@@ -42,16 +42,23 @@ def build_info() -> dict[str, Any]:
 
 
 def _mask_bytes(dense: Tensor) -> int:
-    """Size of a mask of one bit per element: each plane, or each row of channels, starts at a byte of its own.
+    """Size of a mask of one bit per element: each run of elements starts at a byte of its own.
 
-    The rule for which it is has its other definition in csrc/torch/tensors.cpp, geometry_of.
+    The rule for what is a run has its other definition in csrc/kernels/cpu/kernels.h, Geometry; the one for the layout in
+    csrc/torch/tensors.cpp, geometry_of.
     """
     batch, channels = dense.shape[:2]
     spatial = 1
     for size in dense.shape[2:]:
         spatial = spatial * size
-    rows = spatial == 1 or (channels > 1 and dense.stride(1) == 1)
-    return batch * spatial * ((channels + 7) // 8) if rows else batch * channels * ((spatial + 7) // 8)
+    if spatial == 1 or (channels > 1 and dense.stride(1) == 1):
+        positions = 16 if channels < 32 and spatial % 16 == 0 else 1
+        runs, length = batch * spatial // positions, channels * positions
+    elif spatial <= 64:
+        runs, length = batch, channels * spatial
+    else:
+        runs, length = batch * channels, spatial
+    return runs * ((length + 7) // 8)
 
 
 @torch.library.register_fake("fastlayers::batch_norm_act_fwd")

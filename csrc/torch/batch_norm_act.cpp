@@ -139,7 +139,7 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
   if (!training) load_running_statistics(*running_mean, *running_var, args);
   kernels(storage_dtype(input)).batch_norm_act_forward(args);
   if (training) {
-    const auto count = static_cast<double>(g.row_count());
+    const auto count = static_cast<double>(g.count_per_channel());
     update_running(running_mean, factor, [&](std::int64_t c) { return args.mean[c]; });
     update_running(running_var, factor, [&](std::int64_t c) { return args.variance[c] * (count / (count - 1)); });
   }

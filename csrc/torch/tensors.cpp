@@ -47,13 +47,15 @@ std::int64_t product(const Sizes& sizes) {
 std::optional<View> view_as(const Geometry& g, const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   if (g.rows) {
-    const auto outer = merged_stride(without_channels(sizes), without_channels(strides));
-    if (outer && (g.channels == 1 || strides[1] == 1)) return View{t, *outer, 1};
+    const auto row = merged_stride(without_channels(sizes), without_channels(strides));
+    const std::int64_t rows = g.positions_per_run();
+    if (row && (g.channels == 1 || strides[1] == 1) && (rows == 1 || *row == g.channels)) return View{t, rows * *row, 1};
     return std::nullopt;
   }
   const auto inner = merged_stride(dims_after(sizes, 2), dims_after(strides, 2));
-  if (inner && *inner == 1) return View{t, strides[0], strides[1]};
-  return std::nullopt;
+  if (!inner || *inner != 1) return std::nullopt;
+  if (g.mixed_runs() && g.channels > 1 && strides[1] != g.spatial) return std::nullopt;
+  return View{t, strides[0], strides[1]};
 }
 
 // Planes or rows one after the other without gaps, the samples in order.

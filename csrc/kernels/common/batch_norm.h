@@ -29,7 +29,7 @@ struct BasicMoments {
 
   // From sums of (x - shift) and (x - shift)^2. Accurate while shift is near the mean compared with the spread.
   FL_INLINE static BasicMoments from_shifted(double count, V shift, V sum, V sum_of_squares) {
-    const V offset = sum / count;
+    const V offset = sum * (1 / count);
     const V squares = sum_of_squares - sum * offset;
     return {count, shift + offset, squares < 0 ? V{} : squares};
   }

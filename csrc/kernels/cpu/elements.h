@@ -43,6 +43,17 @@ struct BackwardRun {
   const std::uint8_t* flat_bits;
 };
 
+// Whether writing `x` should bypass the caches: they do not hold it beside what it is computed from, and all its vectors
+// are aligned. Threads start at multiples of `part` elements of a run.
+template <class T>
+bool worth_streaming(const Geometry& g, const Target& x, std::int64_t part) {
+  constexpr std::int64_t size = sizeof(T);
+  const auto aligned = [](std::int64_t bytes) { return bytes % static_cast<std::int64_t>(kVectorBytes<T>) == 0; };
+  return x.data && 2 * g.numel() * size >= last_level_cache_bytes() &&
+         aligned(static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(x.data))) && aligned(x.outer * size) &&
+         (g.mixed_runs() || aligned(x.inner * size)) && aligned(part * size);
+}
+
 template <class T, class Act>
 struct FusedElements {
   using S = Compute<T>;
@@ -50,6 +61,13 @@ struct FusedElements {
 
   Act activation;
   V keep_scale;
+  bool streaming;
+
+  // Stores one vector of a result.
+  template <class Lanes>
+  FL_INLINE void put(T* p, V v, Lanes lanes) const {
+    streaming ? stream(p, v, lanes) : store(p, v, lanes);
+  }
 
   // act(normalised + residual), dropped or scaled, at position i of the run.
   template <class Lanes>
@@ -59,7 +77,7 @@ struct FusedElements {
     if (run.residual) z = z + load(run.residual + i, lanes);
     if constexpr (Act::two_valued)
       if (run.flat_bits) store_mask_bits(run.flat_bits + i / 8, activation.flat(z), lanes);
-    store(run.output + i, kept ? activation.value(z) * keep_scale : V{}, lanes);
+    put(run.output + i, kept ? activation.value(z) * keep_scale : V{}, lanes);
   }
 
   // The gradient of the value that goes into the activation.
@@ -104,7 +122,7 @@ InputGradient finish_sums(const BackwardArgs& args, std::int64_t c, GradientSums
   if (args.grad_weight) args.grad_weight[c] = sums.grad_deviation * args.invstd[c];
   if (args.grad_bias) args.grad_bias[c] = sums.grad;
   if (!args.training) return {};
-  const auto count = static_cast<double>(args.geometry.row_count());
+  const auto count = static_cast<double>(args.geometry.count_per_channel());
   return InputGradient::training(args.weight[c] * args.invstd[c], args.invstd[c], rest, count, sums);
 }
 

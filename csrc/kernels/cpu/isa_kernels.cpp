@@ -13,7 +13,7 @@ template <template <class, class> class Planes, template <class, class> class Ro
 void run_fused(const Args& args) {
   with_activation<SimdMath<Compute<Storage>>>(args.activation.kind, args.activation.params, [&](auto activation) {
     using Act = decltype(activation);
-    if (args.geometry.rows)
+    if (args.geometry.mixed_runs())
       Rows<Storage, Act>(args, activation).run();
     else
       Planes<Storage, Act>(args, activation).run();
@@ -21,7 +21,7 @@ void run_fused(const Args& args) {
 }
 
 void run_dropout(const DropoutArgs& args) {
-  args.geometry.rows ? dropout_rows<Storage>(args) : dropout_planes<Storage>(args);
+  args.geometry.mixed_runs() ? dropout_rows<Storage>(args) : dropout_planes<Storage>(args);
 }
 
 }  // namespace

@@ -13,18 +13,34 @@ enum class Activation : std::int64_t;
 //   planes  the S positions of one sample and channel are adjacent (contiguous tensors), or
 //   rows    the C channels of one sample and position are adjacent (channels_last tensors, and (N, C));
 //           then there are N * S rows at one distance from each other.
+//
+// The kernels sweep runs of adjacent elements: a plane, or all planes of a sample where these are small; a row, or
+// several where these are narrow. Runs of several planes or rows have no gaps inside.
 struct Geometry {
   bool rows = false;
   std::int64_t batch = 0, channels = 0, spatial = 0;
 
-  std::int64_t row_count() const { return batch * spatial; }
-  // A bit mask starts each plane or row at a byte of its own, so that no two threads write one byte.
-  std::int64_t mask_stride() const { return ((rows ? channels : spatial) + 7) / 8; }
-  std::int64_t mask_bytes() const { return (rows ? row_count() : batch * channels) * mask_stride(); }
+  std::int64_t numel() const { return batch * channels * spatial; }
+  std::int64_t count_per_channel() const { return batch * spatial; }
+
+  static constexpr std::int64_t kSmallPlane = 128, kNarrowRow = 32, kRowsPerRun = 16;
+  // Whether a run holds all channels, or the planes of one.
+  bool mixed_runs() const { return rows || spatial <= kSmallPlane; }
+  // How many positions of each of its channels a run holds.
+  std::int64_t positions_per_run() const {
+    if (!rows) return spatial;
+    return channels < kNarrowRow && spatial % kRowsPerRun == 0 ? kRowsPerRun : 1;
+  }
+  std::int64_t run_length() const { return (mixed_runs() ? channels : 1) * positions_per_run(); }
+  std::int64_t runs() const { return numel() ? numel() / run_length() : 0; }
+
+  // A bit mask starts each run at a byte of its own, so that no two threads write one byte.
+  std::int64_t mask_stride() const { return (run_length() + 7) / 8; }
+  std::int64_t mask_bytes() const { return runs() * mask_stride(); }
 };
 
-// Strides count elements. For planes `outer` leads to the next sample and `inner` to the next channel; for rows
-// `outer` leads to the next row.
+// Strides count elements. Where runs hold all channels `outer` leads to the next run; elsewhere `outer` leads to the next
+// sample and `inner` to the next channel.
 template <class Pointer>
 struct Strided {
   Pointer data = nullptr;
@@ -102,5 +118,8 @@ Capability capability();
 bool set_capability(Capability);
 
 const Kernels& kernels(Dtype);
+
+// Of the processor that this runs on, or a guess where the system does not tell.
+std::int64_t last_level_cache_bytes();
 
 }  // namespace fastlayers

@@ -9,12 +9,11 @@ namespace {
 // Calls f(byte, first, count) for each byte of the packed mask: it stands for `count` elements from `first` on.
 template <class F>
 void for_each_mask_byte(const Geometry& g, ParallelFor parallel_for, const F& f) {
-  const std::int64_t length = g.rows ? g.channels : g.spatial, stride = g.mask_stride();
-  const std::int64_t runs = stride ? g.mask_bytes() / stride : 0;
+  const std::int64_t length = g.run_length(), stride = g.mask_stride();
   // One long run is shared out too, in parts of whole bytes.
   constexpr std::int64_t kBytesEach = 1024;
   const std::int64_t parts = (stride + kBytesEach - 1) / kBytesEach;
-  parallel_each(parallel_for, runs * parts, length / (parts ? parts : 1), [&](std::int64_t task) {
+  parallel_each(parallel_for, g.runs() * parts, length / (parts ? parts : 1), [&](std::int64_t task) {
     const std::int64_t run = task / parts, from = task % parts * kBytesEach;
     const std::int64_t to = from + kBytesEach < stride ? from + kBytesEach : stride;
     for (std::int64_t b = from; b < to; ++b) {

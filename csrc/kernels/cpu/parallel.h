@@ -3,6 +3,7 @@
 
 #include "../common/macros.h"
 #include "kernels.h"
+#include "simd.h"
 
 namespace fastlayers {
 inline namespace FASTLAYERS_ISA {
@@ -10,18 +11,22 @@ inline namespace FASTLAYERS_ISA {
 // A thread is worth waking for about this many elements.
 inline constexpr std::int64_t kElementsPerThread = 16 * 1024;
 
-// Calls f(i) for i in [0, count), in parallel when `elements_each` times count is worth it.
+// Calls f(i) for i in [0, count), in parallel when `elements_each` times count is worth it. Each thread takes its share
+// in the order of `walk`.
+template <class F>
+void parallel_each(ParallelFor parallel_for, std::int64_t count, std::int64_t elements_each, Walk walk, const F& f) {
+  const auto part = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) f(walk == Walk::forward ? i : begin + end - 1 - i);
+  };
+  const std::int64_t grain = 1 + kElementsPerThread / (elements_each + 1);
+  if (count <= grain) return part(0, count);
+  parallel_for(count, grain, &part, [](const void* context, std::int64_t begin, std::int64_t end) {
+    (*static_cast<const decltype(part)*>(context))(begin, end);
+  });
+}
 template <class F>
 void parallel_each(ParallelFor parallel_for, std::int64_t count, std::int64_t elements_each, const F& f) {
-  const std::int64_t grain = 1 + kElementsPerThread / (elements_each + 1);
-  if (count <= grain) {
-    for (std::int64_t i = 0; i < count; ++i) f(i);
-    return;
-  }
-  parallel_for(count, grain, &f, [](const void* context, std::int64_t begin, std::int64_t end) {
-    const F& body = *static_cast<const F*>(context);
-    for (std::int64_t i = begin; i < end; ++i) body(i);
-  });
+  parallel_each(parallel_for, count, elements_each, Walk::forward, f);
 }
 
 }  // namespace FASTLAYERS_ISA

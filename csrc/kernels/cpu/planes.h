@@ -1,7 +1,9 @@
 // Kernels for tensors made of planes: the positions of one sample and channel are adjacent.
 //
-// A channel is one unit of work: its planes are walked once for the statistics and, in reverse, once more to write the
-// result, so that the second walk starts with what is still in cache and, where a channel fits, finds all of it there.
+// A channel is one unit of work: its planes are walked once for the sums and, in reverse, once more to write the result,
+// so that the second walk starts with what is still in cache and, where a channel fits, finds all of it there. The first
+// walk reads several planes side by side: they lie far apart, and the processor fetches ahead in each of them.
+// Where nothing is summed, the planes are walked in the order of memory.
 // Where channels are few, each is split into spans that different threads take, and the walks become two parallel
 // loops. The split depends on the shape alone, so the result does not depend on the number of threads.
 #pragma once
@@ -27,8 +29,6 @@ struct Piece {
   std::int64_t n, offset, length;
 };
 
-enum class Walk { forward, reverse };
-
 template <class F>
 FL_INLINE void for_each_piece(Span span, std::int64_t spatial, Walk walk, F&& f) {
   const std::int64_t first = span.begin / spatial, last = (span.end - 1) / spatial;
@@ -40,11 +40,42 @@ FL_INLINE void for_each_piece(Span span, std::int64_t spatial, Walk walk, F&& f)
   }
 }
 
+template <int kCount>
+struct Together {
+  static constexpr int count = kCount;
+};
+
+// Calls f(pieces, together) for all pieces that are wanted: with kCount whole planes where there are as many left.
+template <int kCount, class Wanted, class F>
+FL_INLINE void for_each_group(Span span, std::int64_t spatial, Wanted&& wanted, F&& f) {
+  Piece group[kCount];
+  int found = 0;
+  const auto one_by_one = [&] {
+    for (int i = 0; i < found; ++i) f(group + i, Together<1>{});
+    found = 0;
+  };
+  for_each_piece(span, spatial, Walk::forward, [&](Piece p) {
+    if (!wanted(p)) return;
+    group[found++] = p;
+    if (p.length != spatial) {
+      one_by_one();
+    } else if (found == kCount) {
+      f(group, Together<kCount>{});
+      found = 0;
+    }
+  });
+  one_by_one();
+}
+
+// Within its plane a span starts at a multiple of this, so that no two spans share a byte of a bit mask.
+inline constexpr std::int64_t kSpanBoundary = 64;
+
 // How the channels of a tensor are shared out: `spans` spans each.
 struct PlaneSplit {
   std::int64_t per_channel, spans, length;
 
-  explicit PlaneSplit(const Geometry& g) : per_channel(g.batch * g.spatial), spatial_(g.spatial) {
+  explicit PlaneSplit(const Geometry& g)
+      : per_channel(g.batch * g.spatial), channels_(g.channels), spatial_(g.spatial) {
     constexpr std::int64_t kEnoughTasks = 16;
     spans = g.channels < kEnoughTasks ? (2 * kEnoughTasks + g.channels - 1) / g.channels : 1;
     const std::int64_t most = per_channel / kElementsPerThread;
@@ -54,16 +85,33 @@ struct PlaneSplit {
 
   Span span(std::int64_t i) const { return {boundary(i), boundary(i + 1)}; }
 
+  // Calls f(i, channel, span) for the spans of all channels.
+  void each_span(ParallelFor parallel_for, const auto& f) const {
+    parallel_each(parallel_for, channels_ * spans, length, [&](std::int64_t i) { f(i, i / spans, span(i % spans)); });
+  }
+
+  // Calls f(channel, span) for all planes, whole or in parts, in the order of memory as far as may be.
+  void each_plane(ParallelFor parallel_for, const auto& f) const {
+    if (spans > 1) return each_span(parallel_for, [&](std::int64_t, std::int64_t c, Span s) { f(c, s); });
+    parallel_each(parallel_for, per_channel / spatial_ * channels_, spatial_, [&](std::int64_t plane) {
+      const std::int64_t begin = plane / channels_ * spatial_;
+      f(plane % channels_, Span{begin, begin + spatial_});
+    });
+  }
+
  private:
-  // Within its plane a span starts at a multiple of 64, so that no two spans share a byte of a bit mask.
   std::int64_t boundary(std::int64_t i) const {
     const std::int64_t position = i * length < per_channel ? i * length : per_channel;
     const std::int64_t offset = position % spatial_;
-    return position - offset % 64;
+    return position - offset % kSpanBoundary;
   }
 
-  std::int64_t spatial_;
+  std::int64_t channels_, spatial_;
 };
+
+FL_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
 
 template <class T>
 FL_INLINE const T* piece_start(const Source& x, Piece p, std::int64_t channel) {
@@ -74,6 +122,11 @@ FL_INLINE T* piece_start(const Target& x, Piece p, std::int64_t channel) {
   return advance(static_cast<T*>(x.data), p.n * x.outer + channel * x.inner + p.offset);
 }
 
+inline constexpr int kPlanesTogether = 4, kBackwardTogether = 2;
+
+// Elements summed before they are merged in double; a longer piece is cut.
+inline constexpr std::int64_t kChunk = kPlanesTogether * kFloatAdditions * kLanes;
+
 // Sums of (x - shift) and its square over pieces of a channel, in vectors of A: float, or double where float overflows.
 template <class T, class A>
 class ShiftedSums {
@@ -83,71 +136,80 @@ class ShiftedSums {
   FL_INLINE void reset(double shift) {
     shift_ = static_cast<A>(shift);
     count_ = 0;
-    for (int u = 0; u < kUnroll; ++u) sum_[u] = square_[u] = Vec<A>{};
+    for (Pair& pair : pairs_) pair = {};
   }
 
-  FL_INLINE void add(const T* x, std::int64_t n) {
-    std::int64_t i = 0;
-    for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes)
-      for (int u = 0; u < kUnroll; ++u) add_vector(u, x + i + u * kLanes, AllLanes{});
-    for_each_vector(n - i, [&](std::int64_t j, auto lanes) { add_vector(0, x + i + j, lanes); });
-    count_ += n;
+  // Adds n elements from each of the kCount pointers on.
+  template <int kCount>
+  FL_INLINE void add(const T* const* x, std::int64_t n, Together<kCount>) {
+    Pair pairs[kCount];  // in registers, where members are not
+    for (int u = 0; u < kCount; ++u) pairs[u] = pairs_[u];
+    for_each_vector(n, [&](std::int64_t i, auto lanes) {
+      for (int u = 0; u < kCount; ++u) {
+        const Vec<A> d = covered<A>(convert<Vec<A>>(load(x[u] + i, lanes)) - shift_, lanes);
+        pairs[u].sum += d;
+        pairs[u].square += d * d;
+      }
+    });
+    for (int u = 0; u < kCount; ++u) pairs_[u] = pairs[u];
+    count_ += n * kCount;
   }
 
   FL_INLINE std::int64_t count() const { return count_; }
 
   FL_INLINE Moments moments() const {
-    Vec<A> sum = sum_[0], square = square_[0];
-    for (int u = 1; u < kUnroll; ++u) sum += sum_[u], square += square_[u];
+    Vec<A> sum{}, square{};
+    for (const Pair& pair : pairs_) sum += pair.sum, square += pair.square;
     return Moments::from_shifted(static_cast<double>(count_), static_cast<double>(shift_), sum_of_lanes<A>(sum),
                                  sum_of_lanes<A>(square));
   }
 
  private:
-  static constexpr int kUnroll = 4;
-
-  template <class Lanes>
-  FL_INLINE void add_vector(int u, const T* x, Lanes lanes) {
-    const Vec<A> d = covered<A>(convert<Vec<A>>(load(x, lanes)) - shift_, lanes);
-    sum_[u] += d;
-    square_[u] += d * d;
-  }
+  struct Pair {
+    Vec<A> sum{}, square{};
+  };
 
   A shift_;
   std::int64_t count_;
-  Vec<A> sum_[kUnroll], square_[kUnroll];
+  Pair pairs_[kPlanesTogether];
 };
 
-// Elements summed before they are merged in double; a longer piece is cut.
-inline constexpr std::int64_t kChunk = kFloatAdditions * kLanes;
-
-template <class F>
-FL_INLINE void for_each_chunk(std::int64_t length, F&& f) {
-  for (std::int64_t begin = 0; begin < length; begin += kChunk)
-    f(begin, length - begin < kChunk ? length - begin : kChunk);
+template <class T>
+double mean_of(const T* x, std::int64_t n) {
+  Vec<Compute<T>> sum{};
+  for_each_vector(n, [&](std::int64_t i, auto lanes) { sum += load(x + i, lanes); });
+  return sum_of_lanes<Compute<T>>(sum) / static_cast<double>(n);
 }
 
 // Moments of part of a channel in one pass. Each chunk is shifted by the mean of all before it: if that is far from the
-// chunk's own mean, the total variance is large too, so what cancels does not matter. The first chunk is shifted by its
-// own mean, and no chunk has more elements than all before it.
+// chunk's own mean, the total variance is large too, so what cancels does not matter, as long as a chunk has not many
+// times the elements of all before it. The first chunk is shifted by the mean of its first elements.
 template <class T, class A>
 __attribute__((noinline)) Moments plane_moments(const Source& x, std::int64_t channel, Span span,
                                                 std::int64_t spatial) {
+  constexpr std::int64_t kFirst = 4 * kLanes, kGrowth = 8;
   Moments total;
   ShiftedSums<T, A> sums(0);
-  for_each_piece(span, spatial, Walk::forward, [&](Piece p) {
-    for_each_chunk(p.length, [&](std::int64_t begin, std::int64_t n) {
-      const T* from = piece_start<T>(x, p, channel) + begin;
-      if (total.count == 0) {
-        sums.add(from, n);
-        sums.reset(sums.moments().mean);
-      }
-      sums.add(from, n);
-      if (sums.count() >= kChunk || static_cast<double>(sums.count()) >= total.count) {
-        total.merge(sums.moments());
-        sums.reset(total.mean);
-      }
-    });
+  std::int64_t chunk = kFirst;
+  bool first = true;
+  const auto all = [](Piece) { return true; };
+  for_each_group<kPlanesTogether>(span, spatial, all, [&](const Piece* pieces, auto together) {
+    constexpr int kCount = decltype(together)::count;
+    const T* from[kCount];
+    for (int u = 0; u < kCount; ++u) from[u] = piece_start<T>(x, pieces[u], channel);
+    const std::int64_t length = pieces[0].length;
+    if (first) sums.reset(mean_of(from[0], length < kFirst ? length : kFirst));
+    first = false;
+    for (std::int64_t left = length; left > 0;) {
+      const std::int64_t room = (chunk - sums.count() + kCount - 1) / kCount, n = left < room ? left : room;
+      sums.add(from, n, together);
+      for (const T*& pointer : from) pointer += n;
+      left -= n;
+      if (sums.count() < chunk) break;
+      total.merge(sums.moments());
+      sums.reset(total.mean);
+      chunk = chunk * kGrowth < kChunk ? chunk * kGrowth : kChunk;
+    }
   });
   if (sums.count() > 0) total.merge(sums.moments());
   return total;
@@ -157,7 +219,10 @@ __attribute__((noinline)) Moments plane_moments(const Source& x, std::int64_t ch
 template <class T>
 Moments plane_moments_of_non_finite(const Source& x, std::int64_t channel, Span span, std::int64_t spatial) {
   ShiftedSums<T, double> sums(0);
-  for_each_piece(span, spatial, Walk::forward, [&](Piece p) { sums.add(piece_start<T>(x, p, channel), p.length); });
+  for_each_piece(span, spatial, Walk::forward, [&](Piece p) {
+    const T* from = piece_start<T>(x, p, channel);
+    sums.add(&from, p.length, Together<1>{});
+  });
   return sums.moments();
 }
 
@@ -176,6 +241,7 @@ struct PieceMasks {
   bool dropped;
   const std::uint8_t* keep_bits;
 
+  PieceMasks() = default;
   PieceMasks(const Geometry& g, const Keep& keep, Piece p, std::int64_t channel) {
     const std::int64_t plane = p.n * g.channels + channel;
     bits = plane * g.mask_stride() + p.offset / 8;
@@ -201,36 +267,36 @@ class PlanesForward {
 
  public:
   PlanesForward(const ForwardArgs& args, Act activation)
-      : args_(args), split_(args.geometry), fused_{activation, splat<Vec<S>>(args.keep.scale)} {}
+      : args_(args), split_(args.geometry), fused_{activation, splat<Vec<S>>(args.keep.scale), worth_streaming<T>(args.geometry, args.output, kSpanBoundary)} {}
 
   void run() const {
-    const std::int64_t channels = args_.geometry.channels;
-    if (split_.spans == 1) {
-      parallel_each(args_.parallel_for, channels, split_.per_channel, [&](std::int64_t c) {
-        const Span whole = split_.span(0);
-        if (args_.training) finish_statistics(args_, c, plane_moments<T>(args_.input, c, whole, spatial()));
+    if (!args_.training) {
+      split_.each_plane(args_.parallel_for, [&](std::int64_t c, Span s) { write(c, s); });
+    } else if (split_.spans == 1) {
+      split_.each_span(args_.parallel_for, [&](std::int64_t, std::int64_t c, Span whole) {
+        finish_statistics(args_, c, plane_moments<T>(args_.input, c, whole, spatial()));
         write(c, whole);
       });
-      return;
+    } else {
+      statistics_of_spans();
+      split_.each_span(args_.parallel_for, [&](std::int64_t, std::int64_t c, Span s) { write(c, s); });
     }
-    const auto each_span = [&](const auto& f) {
-      parallel_each(args_.parallel_for, channels * split_.spans, split_.length,
-                    [&](std::int64_t i) { f(i, i / split_.spans, split_.span(i % split_.spans)); });
-    };
-    if (args_.training) {
-      Scratch<Moments> parts(channels * split_.spans);
-      each_span(
-          [&](std::int64_t i, std::int64_t c, Span s) { parts[i] = plane_moments<T>(args_.input, c, s, spatial()); });
-      for (std::int64_t c = 0; c < channels; ++c) {
-        Moments total;
-        for (std::int64_t s = 0; s < split_.spans; ++s) total.merge(parts[c * split_.spans + s]);
-        finish_statistics(args_, c, total);
-      }
-    }
-    each_span([&](std::int64_t, std::int64_t c, Span s) { write(c, s); });
   }
 
  private:
+  void statistics_of_spans() const {
+    const std::int64_t channels = args_.geometry.channels;
+    Scratch<Moments> parts(channels * split_.spans);
+    split_.each_span(args_.parallel_for, [&](std::int64_t i, std::int64_t c, Span s) {
+      parts[i] = plane_moments<T>(args_.input, c, s, spatial());
+    });
+    for (std::int64_t c = 0; c < channels; ++c) {
+      Moments total;
+      for (std::int64_t s = 0; s < split_.spans; ++s) total.merge(parts[c * split_.spans + s]);
+      finish_statistics(args_, c, total);
+    }
+  }
+
   std::int64_t spatial() const { return args_.geometry.spatial; }
 
   void write(std::int64_t c, Span span) const {
@@ -239,7 +305,7 @@ class PlanesForward {
       const PieceMasks masks(args_.geometry, args_.keep, p, c);
       T* output = piece_start<T>(args_.output, p, c);
       if (masks.dropped) {
-        std::memset(output, 0, static_cast<std::size_t>(p.length) * sizeof(T));
+        for_each_vector(p.length, [&](std::int64_t i, auto lanes) { fused_.put(output + i, Vec<S>{}, lanes); });
         if (args_.flat_bits) std::memset(args_.flat_bits + masks.bits, 0, static_cast<std::size_t>(p.length + 7) / 8);
         return;
       }
@@ -248,6 +314,7 @@ class PlanesForward {
       for_each_vector(p.length,
                       [&](std::int64_t i, auto lanes) { fused_.forward(run, i, k, masks.kept<S>(i, lanes), lanes); });
     });
+    if (fused_.streaming) finish_streaming();
   }
 
   const ForwardArgs& args_;
@@ -262,35 +329,35 @@ class PlanesBackward {
 
  public:
   PlanesBackward(const BackwardArgs& args, Act activation)
-      : args_(args), split_(args.geometry), fused_{activation, splat<V>(args.keep.scale)} {}
+      : args_(args), split_(args.geometry), fused_{activation, splat<V>(args.keep.scale), worth_streaming<T>(args.geometry, args.grad_input, kSpanBoundary)} {}
 
   void run() const {
-    const std::int64_t channels = args_.geometry.channels;
-    if (split_.spans == 1) {
-      parallel_each(args_.parallel_for, channels, split_.per_channel, [&](std::int64_t c) {
-        const Span whole = split_.span(0);
-        const GradientSums total = needs_sums(args_) ? sums(c, whole) : GradientSums{};
-        write(c, whole, finish_sums<S>(args_, c, total));
+    if (!needs_sums(args_)) {
+      split_.each_plane(args_.parallel_for, [&](std::int64_t c, Span s) { write(c, s, {}); });
+    } else if (split_.spans == 1) {
+      split_.each_span(args_.parallel_for, [&](std::int64_t, std::int64_t c, Span whole) {
+        write(c, whole, finish_sums<S>(args_, c, sums(c, whole)));
       });
-      return;
+    } else {
+      Scratch<InputGradient> coefficients(args_.geometry.channels);
+      sums_of_spans(coefficients.data());
+      split_.each_span(args_.parallel_for,
+                       [&](std::int64_t, std::int64_t c, Span s) { write(c, s, coefficients[c]); });
     }
-    const auto each_span = [&](const auto& f) {
-      parallel_each(args_.parallel_for, channels * split_.spans, split_.length,
-                    [&](std::int64_t i) { f(i, i / split_.spans, split_.span(i % split_.spans)); });
-    };
-    Scratch<InputGradient> coefficients(channels);
-    Scratch<GradientSums> parts(channels * split_.spans);
-    if (needs_sums(args_)) each_span([&](std::int64_t i, std::int64_t c, Span s) { parts[i] = sums(c, s); });
-    for (std::int64_t c = 0; c < channels; ++c) {
-      GradientSums total;
-      if (needs_sums(args_))
-        for (std::int64_t s = 0; s < split_.spans; ++s) total.add(parts[c * split_.spans + s]);
-      coefficients[c] = finish_sums<S>(args_, c, total);
-    }
-    each_span([&](std::int64_t, std::int64_t c, Span s) { write(c, s, coefficients[c]); });
   }
 
  private:
+  void sums_of_spans(InputGradient* coefficients) const {
+    const std::int64_t channels = args_.geometry.channels;
+    Scratch<GradientSums> parts(channels * split_.spans);
+    split_.each_span(args_.parallel_for, [&](std::int64_t i, std::int64_t c, Span s) { parts[i] = sums(c, s); });
+    for (std::int64_t c = 0; c < channels; ++c) {
+      GradientSums total;
+      for (std::int64_t s = 0; s < split_.spans; ++s) total.add(parts[c * split_.spans + s]);
+      coefficients[c] = finish_sums<S>(args_, c, total);
+    }
+  }
+
   std::int64_t spatial() const { return args_.geometry.spatial; }
 
   BackwardRun<T> run_at(Piece p, std::int64_t c, const PieceMasks& masks) const {
@@ -299,33 +366,59 @@ class PlanesBackward {
   }
 
   GradientSums sums(std::int64_t c, Span span) const {
-    const Affine<V> k = plane_affine<S>(args_, c);
-    GradientSums total;
-    V grad{}, grad_deviation{};
-    std::int64_t summed = 0;
-    const auto carry = [&] {
-      total.add({sum_of_lanes<S>(grad), sum_of_lanes<S>(grad_deviation)});
-      grad = grad_deviation = V{};
-      summed = 0;
-    };
-    for_each_piece(span, spatial(), Walk::forward, [&](Piece p) {
-      const PieceMasks masks(args_.geometry, args_.keep, p, c);
-      if (masks.dropped) return;
-      const BackwardRun<T> run = run_at(p, c, masks);
-      for_each_chunk(p.length, [&](std::int64_t begin, std::int64_t length) {
-        for_each_vector(length, [&](std::int64_t j, auto lanes) {
-          const std::int64_t i = begin + j;
-          const V x = load(run.input + i, lanes);
-          const V g = covered<S>(fused_.backward(run, i, x, k, masks.kept<S>(i, lanes), lanes), lanes);
-          grad += g;
-          grad_deviation += g * (x - k.mean);
-        });
-        summed += length;
-        if (summed >= kChunk) carry();
-      });
+    ChannelSums s{plane_affine<S>(args_, c)};
+    const auto kept = [&](Piece p) { return !PieceMasks(args_.geometry, args_.keep, p, c).dropped; };
+    for_each_group<kBackwardTogether>(span, spatial(), kept, [&](const Piece* pieces, auto together) {
+      constexpr int kCount = decltype(together)::count;
+      PieceMasks masks[kCount];
+      BackwardRun<T> runs[kCount];
+      for (int u = 0; u < kCount; ++u) {
+        masks[u] = PieceMasks(args_.geometry, args_.keep, pieces[u], c);
+        runs[u] = run_at(pieces[u], c, masks[u]);
+      }
+      constexpr std::int64_t kMost = kChunk / kCount;
+      for (std::int64_t begin = 0; begin < pieces[0].length; begin += kMost)
+        add(runs, masks, begin, smaller(begin + kMost, pieces[0].length), together, s);
     });
-    carry();
-    return total;
+    s.carry();
+    return s.total;
+  }
+
+  // Both sums of one channel, carried over from vectors of S to double as they grow.
+  struct ChannelSums {
+    Affine<V> affine;
+    GradientSums total;
+    std::int64_t summed = 0;
+    V grad[kPlanesTogether]{}, grad_deviation[kPlanesTogether]{};
+
+    void carry() {
+      for (int u = 0; u < kPlanesTogether; ++u) {
+        if (u > 0) grad[0] += grad[u], grad_deviation[0] += grad_deviation[u];
+      }
+      total.add({sum_of_lanes<S>(grad[0]), sum_of_lanes<S>(grad_deviation[0])});
+      for (int u = 0; u < kPlanesTogether; ++u) grad[u] = grad_deviation[u] = V{};
+      summed = 0;
+    }
+  };
+
+  template <int kCount>
+  FL_INLINE void add(const BackwardRun<T>* runs, const PieceMasks* masks, std::int64_t begin, std::int64_t end,
+                     Together<kCount>, ChannelSums& s) const {
+    V grad[kCount], grad_deviation[kCount];  // in registers, where members are not
+    for (int u = 0; u < kCount; ++u) grad[u] = s.grad[u], grad_deviation[u] = s.grad_deviation[u];
+    for_each_vector(end - begin, [&](std::int64_t j, auto lanes) {
+      const std::int64_t i = begin + j;
+      for (int u = 0; u < kCount; ++u) {
+        const V x = load(runs[u].input + i, lanes);
+        const V g =
+            covered<S>(fused_.backward(runs[u], i, x, s.affine, masks[u].template kept<S>(i, lanes), lanes), lanes);
+        grad[u] += g;
+        grad_deviation[u] += g * (x - s.affine.mean);
+      }
+    });
+    for (int u = 0; u < kCount; ++u) s.grad[u] = grad[u], s.grad_deviation[u] = grad_deviation[u];
+    s.summed += (end - begin) * kCount;
+    if (s.summed >= kChunk) s.carry();
   }
 
   void write(std::int64_t c, Span span, const InputGradient& coefficients) const {
@@ -342,11 +435,12 @@ class PlanesBackward {
         // A dropped plane's gradient is zero, so its grad_output is never read.
         const V g = masks.dropped ? V{} : fused_.backward(run, i, x, k, masks.kept<S>(i, lanes), lanes);
         if (grad_input)
-          store(grad_input + i,
+          fused_.put(grad_input + i,
                 args_.training ? input_gradient(g, x, k.mean, k.scale, by_deviation, constant) : g * k.scale, lanes);
-        if (grad_residual) store(grad_residual + i, g, lanes);
+        if (grad_residual) fused_.put(grad_residual + i, g, lanes);
       });
     });
+    if (fused_.streaming) finish_streaming();
   }
 
   const BackwardArgs& args_;
@@ -360,9 +454,8 @@ void dropout_planes(const DropoutArgs& args) {
   const Geometry& g = args.geometry;
   const PlaneSplit split(g);
   const Vec<S> scale = splat<Vec<S>>(args.keep.scale);
-  parallel_each(args.parallel_for, g.channels * split.spans, split.length, [&](std::int64_t task) {
-    const std::int64_t c = task / split.spans;
-    for_each_piece(split.span(task % split.spans), g.spatial, Walk::forward, [&](Piece p) {
+  split.each_plane(args.parallel_for, [&](std::int64_t c, Span span) {
+    for_each_piece(span, g.spatial, Walk::forward, [&](Piece p) {
       const PieceMasks masks(g, args.keep, p, c);
       const T* input = piece_start<T>(args.input, p, c);
       T* output = piece_start<T>(args.output, p, c);

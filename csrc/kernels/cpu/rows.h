@@ -1,9 +1,10 @@
-// Kernels for tensors made of rows: the channels of one sample and position are adjacent.
+// Kernels for tensors whose runs hold all channels: channels_last and (N, C), and contiguous ones with small planes.
 //
-// A tile of rows is swept row by row with the sums of all its channels beside it in the first-level cache. Large
-// tensors are cut into tiles of rows, whose sums are merged between two parallel loops; the second loop walks each tile
-// in reverse, starting with what is still in cache. Small ones are cut by channels only, so that a thread finishes its
-// channels alone and in cache. The cut depends on the shape alone, so the result does not depend on the number of
+// A run is a row here, its elements are the columns, and each column belongs to a channel. A tile of rows is swept row by
+// row with the sums of all its columns beside it in the first-level cache; then the sums of each channel's columns are
+// put together. Large tensors are cut into tiles of rows, whose sums are merged between two parallel loops; the second
+// loop walks back, starting with what is still in cache. Small ones are cut by channels only, so that a thread finishes
+// its channels alone and in cache. The cut depends on the shape alone, so the result does not depend on the number of
 // threads.
 #pragma once
 
@@ -12,135 +13,240 @@
 namespace fastlayers {
 inline namespace FASTLAYERS_ISA {
 
-// Channels whose sums a thread keeps at hand; also the widest block of channels that is one task.
-inline constexpr std::int64_t kBlockChannels = 512;
+// Columns whose sums a thread keeps at hand.
+inline constexpr std::int64_t kBlockColumns = 1024;
+static_assert(8 * Geometry::kSmallPlane <= kBlockColumns && Geometry::kRowsPerRun * Geometry::kNarrowRow <= kBlockColumns);
 
-// Rows [begin, end) and channels [channel, channel + channels).
+// Rows [begin, end), channels [channel, channel + channels) and the columns that these have.
 struct Tile {
-  std::int64_t begin, end, channel, channels;
+  std::int64_t begin, end, channel, channels, column, columns;
 };
 
-struct RowSplit {
-  std::int64_t tiles, rows_each, blocks, channels_each;
+// How a tensor is cut into tiles.
+class RowSplit {
+ public:
+  std::int64_t tiles, blocks;
 
-  explicit RowSplit(const Geometry& g) : rows_(g.row_count()), channels_(g.channels) {
+  explicit RowSplit(const Geometry& g)
+      : rows_(g.runs()), channels_(g.channels), positions_(g.positions_per_run()), whole_row_(g.rows && positions_ > 1) {
     constexpr std::int64_t kElementsPerTile = 64 * 1024, kMostTiles = 64, kNarrowest = 64;
-    channels_each = channels_ < kBlockChannels ? channels_ : kBlockChannels;
-    tiles = rows_ * channels_each / kElementsPerTile;
-    if (tiles > kMostTiles) tiles = kMostTiles;
+    // A block starts at a multiple of 16 columns, so that its vectors are aligned where the row is, or at least at a
+    // multiple of 8, so that no two blocks share a byte of a bit mask.
+    const std::int64_t sixteen = 16 * positions_ <= kBlockColumns ? 16 : 8;
+    const std::int64_t granule = whole_row_ ? channels_ : positions_ > 1 ? sixteen : kNarrowest;
+    channels_each_ = whole_row_ ? channels_ : kBlockColumns / (granule * positions_) * granule;
+    channels_each_ = smaller(channels_each_, channels_);
+    tiles = smaller(rows_ * channels_each_ * positions_ / kElementsPerTile, kMostTiles);
     if (tiles <= 1) {
       tiles = 1;
       // Nothing to merge: narrow blocks give every thread something to do.
-      while (channels_each > kNarrowest && rows_ * channels_each > kElementsPerThread)
-        channels_each = (channels_each / 2 + kNarrowest - 1) / kNarrowest * kNarrowest;
+      while (channels_each_ > granule && channels_each_ * positions_ > kNarrowest &&
+             rows_ * channels_each_ * positions_ > kElementsPerThread)
+        channels_each_ = (channels_each_ / 2 + granule - 1) / granule * granule;
     }
-    rows_each = (rows_ + tiles - 1) / tiles;
-    tiles = (rows_ + rows_each - 1) / rows_each;
-    blocks = (channels_ + channels_each - 1) / channels_each;
+    rows_each_ = (rows_ + tiles - 1) / tiles;
+    tiles = (rows_ + rows_each_ - 1) / rows_each_;
+    blocks = (channels_ + channels_each_ - 1) / channels_each_;
   }
 
   std::int64_t tasks() const { return tiles * blocks; }
-  std::int64_t elements_each() const { return rows_each * channels_each; }
+  // The column at which the second block starts, if there are several.
+  std::int64_t part() const { return blocks > 1 ? channels_each_ * positions_ : 0; }
+  std::int64_t elements_each() const { return rows_each_ * channels_each_ * positions_; }
 
   Tile tile(std::int64_t task) const {
-    const std::int64_t begin = task / blocks * rows_each, channel = task % blocks * channels_each;
-    const std::int64_t end = begin + rows_each;
-    return {begin, end < rows_ ? end : rows_, channel,
-            channels_ - channel < channels_each ? channels_ - channel : channels_each};
+    const std::int64_t begin = task / blocks * rows_each_, channel = task % blocks * channels_each_;
+    const std::int64_t channels = smaller(channels_ - channel, channels_each_);
+    return {begin, smaller(begin + rows_each_, rows_), channel, channels, channel * positions_, channels * positions_};
   }
 
  private:
-  std::int64_t rows_, channels_;
+  std::int64_t rows_, channels_, positions_;
+  bool whole_row_;
+  std::int64_t channels_each_ = 0, rows_each_ = 0;
 };
 
-// One value per channel of a tile, with room for whole vectors.
+// One value per column of a tile. There is room to store a whole vector at any column.
 template <class E>
-using ChannelArray = Vec<E>[kBlockChannels / kLanes];
+struct alignas(64) ColumnArray {
+  E values[kBlockColumns + kLanes];
 
-// mean, scale and shift of a tile's channels.
+  FL_INLINE Vec<E> at(std::int64_t i) const { return detail::load_unaligned<E>(values + i); }
+  FL_INLINE void set(std::int64_t i, Vec<E> v) { detail::store_unaligned<E>(values + i, v); }
+  FL_INLINE void clear(std::int64_t i) { set(i, Vec<E>{}); }
+};
+
+// Which columns of a tile belong to which channel.
+struct Columns {
+  std::int64_t positions;
+  bool adjacent;  // a channel's columns, as against one of each channel after the other
+
+  explicit Columns(const Geometry& g) : positions(g.positions_per_run()), adjacent(!g.rows && positions > 1) {}
+
+  // Writes value(c), for each channel c of the tile, to all its columns.
+  template <class E, class F>
+  FL_INLINE void spread(const Tile& t, ColumnArray<E>& to, F&& value) const {
+    if (adjacent) {
+      // The last of its vectors may reach into the next channel's columns, which are written after it.
+      for (std::int64_t c = 0; c < t.channels; ++c) {
+        const Vec<E> v = Vec<E>{} + value(t.channel + c);
+        for (std::int64_t k = 0; k < positions; k += kLanes) to.set(c * positions + k, v);
+      }
+    } else {
+      for (std::int64_t c = 0; c < t.channels; ++c) to.values[c] = value(t.channel + c);
+      for (std::int64_t i = t.channels; i < t.columns; ++i) to.values[i] = to.values[i - t.channels];
+    }
+  }
+
+  // The sum of f(x[i]) over the columns i of channel c.
+  template <class F>
+  FL_INLINE double sum(const Tile& t, std::int64_t c, const ColumnArray<double>& x, F&& f) const {
+    if (adjacent) {
+      Vec<double> sum{};
+      for_each_vector(positions, [&](std::int64_t k, auto lanes) {
+        sum += covered<double>(f(x.at(c * positions + k)), lanes);
+      });
+      return sum_of_lanes<double>(sum);
+    }
+    double sum = 0;
+    for (std::int64_t i = c; i < t.columns; i += t.channels) sum += f(x.values[i]);
+    return sum;
+  }
+};
+
+// mean, scale and shift of a tile's columns.
 template <class S>
 class RowAffine {
  public:
   template <class Args>
   RowAffine(const Args& args, const Tile& t) {
-    for (std::int64_t i = 0; i < t.channels; ++i) {
-      const ChannelAffine<S> k = channel_affine<S>(args, t.channel + i);
-      mean_[i] = k.mean;
-      scale_[i] = k.scale;
-      shift_[i] = k.shift;
-    }
-    for (std::int64_t i = t.channels; i % kLanes != 0; ++i) mean_[i] = scale_[i] = shift_[i] = 0;
+    const Columns columns(args.geometry);
+    columns.spread(t, mean_, [&](std::int64_t c) { return channel_affine<S>(args, c).mean; });
+    columns.spread(t, scale_, [&](std::int64_t c) { return channel_affine<S>(args, c).scale; });
+    columns.spread(t, shift_, [&](std::int64_t c) { return channel_affine<S>(args, c).shift; });
+    for (std::int64_t i = t.columns; i % kLanes != 0; ++i)
+      mean_.values[i] = scale_.values[i] = shift_.values[i] = 0;
   }
 
-  FL_INLINE Affine<Vec<S>> at(std::int64_t i) const {
-    return {load(mean_ + i, AllLanes{}), load(scale_ + i, AllLanes{}), load(shift_ + i, AllLanes{})};
-  }
+  FL_INLINE Affine<Vec<S>> at(std::int64_t i) const { return {mean_.at(i), scale_.at(i), shift_.at(i)}; }
 
  private:
-  alignas(64) S mean_[kBlockChannels], scale_[kBlockChannels], shift_[kBlockChannels];
+  ColumnArray<S> mean_, scale_, shift_;
 };
 
 template <class T>
-FL_INLINE const T* row_start(const Source& x, std::int64_t row, std::int64_t channel) {
-  return advance(static_cast<const T*>(x.data), row * x.outer + channel);
+FL_INLINE const T* row_start(const Source& x, std::int64_t row, const Tile& t) {
+  return advance(static_cast<const T*>(x.data), row * x.outer + t.column);
 }
 template <class T>
-FL_INLINE T* row_start(const Target& x, std::int64_t row, std::int64_t channel) {
-  return advance(static_cast<T*>(x.data), row * x.outer + channel);
+FL_INLINE T* row_start(const Target& x, std::int64_t row, const Tile& t) {
+  return advance(static_cast<T*>(x.data), row * x.outer + t.column);
 }
 
-// Where the masks of a row's channels, from `channel` on, are.
+// Where the masks of one row of a tile are.
 struct RowMasks {
   std::int64_t bits;
-  const std::uint8_t *keep_bits, *keep_channels;
-
-  RowMasks() = default;
-  RowMasks(const Geometry& g, const Keep& keep, std::int64_t row, std::int64_t channel) {
-    bits = row * g.mask_stride() + channel / 8;
-    keep_bits = advance(keep.bits, bits);
-    keep_channels = keep.planes ? keep.planes + row / g.spatial * g.channels + channel : nullptr;
-  }
+  const std::uint8_t *keep_bits, *keep_columns;
 
   template <class S, class Lanes>
   FL_INLINE Mask<S> kept(std::int64_t i, Lanes lanes) const {
-    if (keep_channels) return load_mask_bytes<S>(keep_channels + i, lanes);
+    if (keep_columns) return load_mask_bytes<S>(keep_columns + i, lanes);
     return keep_bits ? load_mask_bits<S>(keep_bits + i / 8, lanes) : all_kept<S>();
   }
 };
 
-// The moments of each channel of a tile.
-struct TileMoments {
-  double count = 0;
-  ChannelArray<double> mean, squares;
-
-  std::int64_t vectors;
-
-  explicit TileMoments(const Tile& t) : vectors((t.channels + kLanes - 1) / kLanes) {
-    for (std::int64_t v = 0; v < vectors; ++v) mean[v] = squares[v] = Vec<double>{};
+// Finds the masks of a tile's rows. A mask of channels is spread over the columns where a channel has several; there is
+// room for kRows rows at a time.
+template <int kRows>
+class TileMasks {
+ public:
+  TileMasks(const Geometry& g, const Keep& keep, const Tile& t)
+      : keep_(keep),
+        tile_(t),
+        columns_(g),
+        channels_(g.channels),
+        stride_(g.mask_stride()),
+        rows_per_sample_(g.spatial / columns_.positions) {
+    for (std::int64_t& sample : sample_) sample = -1;
   }
 
-  Moments at(std::int64_t i) const { return {count, mean[i / kLanes][i % kLanes], squares[i / kLanes][i % kLanes]}; }
+  FL_INLINE RowMasks at(std::int64_t row, int slot = 0) {
+    const std::int64_t bits = row * stride_ + tile_.column / 8;
+    return {bits, advance(keep_.bits, bits), keep_.planes ? kept_columns(row, slot) : nullptr};
+  }
+
+ private:
+  FL_INLINE const std::uint8_t* kept_columns(std::int64_t row, int slot) {
+    const std::int64_t sample = row / rows_per_sample_;
+    const std::uint8_t* kept = keep_.planes + sample * channels_;
+    if (columns_.positions == 1) return kept + tile_.channel;
+    if (sample != sample_[slot]) {
+      columns_.spread(tile_, spread_[slot], [&](std::int64_t c) { return kept[c]; });
+      sample_[slot] = sample;
+    }
+    return spread_[slot].values;
+  }
+
+  const Keep& keep_;
+  const Tile& tile_;
+  Columns columns_;
+  std::int64_t channels_, stride_, rows_per_sample_;
+  std::int64_t sample_[kRows];
+  ColumnArray<std::uint8_t> spread_[kRows];
+};
+
+// The moments of each column of a tile.
+struct TileMoments {
+  double count = 0;
+  ColumnArray<double> mean, squares;
+  std::int64_t width;
+
+  explicit TileMoments(const Tile& t) : width(t.columns) {
+    for (std::int64_t i = 0; i < width; i += kLanes) {
+      mean.clear(i);
+      squares.clear(i);
+    }
+  }
+
+  // Those of channel c, from its columns, which all have the same count.
+  Moments of_channel(const Columns& columns, const Tile& t, std::int64_t c) const {
+    if (columns.positions == 1) return {count, mean.values[c], squares.values[c]};
+    const auto n = static_cast<double>(columns.positions);
+    Moments m{count * n, columns.sum(t, c, mean, [](auto x) { return x; }) / n};
+    const double between = columns.sum(t, c, mean, [&](auto x) { return (x - m.mean) * (x - m.mean); });
+    m.squares = columns.sum(t, c, squares, [](auto x) { return x; }) + count * between;
+    return m;
+  }
 
   bool is_finite() const {
     Vec<double> zero{};  // x - x is 0 for a finite x and NaN for others
-    for (std::int64_t v = 0; v < vectors; ++v) zero += squares[v] - squares[v];
+    for (std::int64_t i = 0; i < width; i += kLanes) zero += squares.at(i) - squares.at(i);
     return std::isfinite(sum_of_lanes<double>(zero));
   }
 };
 
-// Sums of (x - shift) and its square for each channel of a tile, in vectors of A: float, or double where float
+// Sums of (x - shift) and its square for each column of a tile, in vectors of A: float, or double where float
 // overflows.
 template <class T, class A>
 class RowSums {
  public:
   RowSums(const Source& x, const Tile& tile) : x_(x), tile_(tile) {}
 
-  void reset(const TileMoments& around) {
+  // Starts with the means of these rows as shifts.
+  void shift_by_mean_of(std::int64_t begin, std::int64_t end) {
+    const A share = 1 / static_cast<A>(end - begin);
+    for_each_vector(tile_.columns, [&](std::int64_t i, auto lanes) {
+      Vec<A> sum{};
+      for (std::int64_t row = begin; row < end; ++row)
+        sum += convert<Vec<A>>(load(row_start<T>(x_, row, tile_) + i, lanes));
+      restart(i, sum * share);
+    });
     count_ = 0;
-    for (std::int64_t v = 0; v * kLanes < tile_.channels; ++v) {
-      shift_[v] = convert<Vec<A>>(around.mean[v]);
-      sum_[v] = square_[v] = Vec<A>{};
-    }
+  }
+
+  void shift_by_mean_of(const TileMoments& total) {
+    for (std::int64_t i = 0; i < tile_.columns; i += kLanes) restart(i, convert<Vec<A>>(total.mean.at(i)));
+    count_ = 0;
   }
 
   void add(std::int64_t begin, std::int64_t end) {
@@ -153,13 +259,12 @@ class RowSums {
   void merge_into(TileMoments& total) const {
     using D = Vec<double>;
     const auto count = static_cast<double>(count_);
-    BasicMoments<D> merged;
-    for (std::int64_t v = 0; v * kLanes < tile_.channels; ++v) {
-      merged = {total.count, total.mean[v], total.squares[v]};
-      merged.merge(
-          BasicMoments<D>::from_shifted(count, convert<D>(shift_[v]), convert<D>(sum_[v]), convert<D>(square_[v])));
-      total.mean[v] = merged.mean;
-      total.squares[v] = merged.squares;
+    for (std::int64_t i = 0; i < tile_.columns; i += kLanes) {
+      BasicMoments<D> merged{total.count, total.mean.at(i), total.squares.at(i)};
+      merged.merge(BasicMoments<D>::from_shifted(count, convert<D>(shift_.at(i)), convert<D>(sum_.at(i)),
+                                                 convert<D>(square_.at(i))));
+      total.mean.set(i, merged.mean);
+      total.squares.set(i, merged.squares);
     }
     total.count += count;
   }
@@ -167,47 +272,50 @@ class RowSums {
  private:
   static constexpr int kRowsAtOnce = 8;
 
+  FL_INLINE void restart(std::int64_t i, Vec<A> shift) {
+    shift_.set(i, shift);
+    sum_.clear(i);
+    square_.clear(i);
+  }
+
   template <int kRows>
   FL_INLINE void add_rows(std::int64_t row) {
-    const T* x = row_start<T>(x_, row, tile_.channel);
-    for_each_vector(tile_.channels, [&](std::int64_t i, auto lanes) {
-      Vec<A> sum = sum_[i / kLanes], square = square_[i / kLanes];
-      const Vec<A> shift = shift_[i / kLanes];
+    const T* x = row_start<T>(x_, row, tile_);
+    for_each_vector(tile_.columns, [&](std::int64_t i, auto lanes) {
+      Vec<A> sum = sum_.at(i), square = square_.at(i);
+      const Vec<A> shift = shift_.at(i);
       for (int r = 0; r < kRows; ++r) {
         const Vec<A> d = convert<Vec<A>>(load(x + r * x_.outer + i, lanes)) - shift;
         sum += d;
         square += d * d;
       }
-      sum_[i / kLanes] = sum;
-      square_[i / kLanes] = square;
+      sum_.set(i, sum);
+      square_.set(i, square);
     });
   }
 
   Source x_;
   Tile tile_;
   std::int64_t count_ = 0;
-  ChannelArray<A> shift_, sum_, square_;
+  ColumnArray<A> shift_, sum_, square_;
 };
 
-FL_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) {
-  return a < b ? a : b;
-}
-
-// As plane_moments: one pass, each chunk shifted by the mean of all rows before it, the first by its own.
+// As plane_moments: one pass, each chunk shifted by the mean of all rows before it, the first by that of its own first
+// rows.
 template <class T, class A>
 __attribute__((noinline)) TileMoments tile_moments(const Source& x, const Tile& tile) {
+  constexpr std::int64_t kFirst = 8, kGrowth = 8;
   RowSums<T, A> sums(x, tile);
-  TileMoments total(tile), first(tile);
-  std::int64_t chunk = smaller(8, tile.end - tile.begin);
-  sums.reset(first);
-  sums.add(tile.begin, tile.begin + chunk);
-  sums.merge_into(first);
-  sums.reset(first);
+  TileMoments total(tile);
+  std::int64_t chunk = kFirst;
+  sums.shift_by_mean_of(tile.begin, smaller(tile.begin + kFirst, tile.end));
   for (std::int64_t row = tile.begin; row < tile.end; row += chunk) {
-    if (row > tile.begin) chunk = smaller(smaller(row - tile.begin, kFloatAdditions), tile.end - row);
-    sums.add(row, row + chunk);
+    if (row > tile.begin) {
+      chunk = smaller(kGrowth * chunk, kFloatAdditions);
+      sums.shift_by_mean_of(total);
+    }
+    sums.add(row, smaller(row + chunk, tile.end));
     sums.merge_into(total);
-    sums.reset(total);
   }
   return total;
 }
@@ -217,7 +325,7 @@ template <class T>
 TileMoments tile_moments_of_non_finite(const Source& x, const Tile& tile) {
   RowSums<T, double> sums(x, tile);
   TileMoments total(tile);
-  sums.reset(total);
+  sums.shift_by_mean_of(total);
   sums.add(tile.begin, tile.end);
   sums.merge_into(total);
   return total;
@@ -232,43 +340,54 @@ TileMoments tile_moments(const Source& x, const Tile& tile) {
   return m.is_finite() ? m : tile_moments_of_non_finite<T>(x, tile);
 }
 
+template <class Args>
+void each_tile(const Args& args, const RowSplit& split, Walk walk, const auto& f) {
+  parallel_each(args.parallel_for, split.tasks(), split.elements_each(), walk,
+                [&](std::int64_t task) { f(task, split.tile(task)); });
+}
+
+// Walks a tile of rows back. Where it is all of its rows, so do the vectors inside a row: memory is then read in
+// descending order throughout, which the processor notices and fetches ahead. A part of wide rows is read in pieces
+// anyway, and ascending is what it expects of a piece.
+inline Walk walk_inside_rows(const RowSplit& split) {
+  return split.blocks == 1 ? Walk::reverse : Walk::forward;
+}
+
 template <class T, class Act>
 class RowsForward {
   using S = Compute<T>;
 
  public:
   RowsForward(const ForwardArgs& args, Act activation)
-      : args_(args), split_(args.geometry), fused_{activation, splat<Vec<S>>(args.keep.scale)} {}
+      : args_(args),
+        split_(args.geometry),
+        columns_(args.geometry),
+        fused_{activation, splat<Vec<S>>(args.keep.scale), worth_streaming<T>(args.geometry, args.output, split_.part())} {}
 
   void run() const {
     if (!args_.training) {
-      each_tile([&](std::int64_t, const Tile& t) { write(t); });
+      each_tile(args_, split_, Walk::reverse, [&](std::int64_t, const Tile& t) { write(t); });
     } else if (split_.tiles == 1) {
-      each_tile([&](std::int64_t, const Tile& t) {
+      each_tile(args_, split_, Walk::forward, [&](std::int64_t, const Tile& t) {
         const TileMoments m = tile_moments<T>(args_.input, t);
-        for (std::int64_t i = 0; i < t.channels; ++i) finish_statistics(args_, t.channel + i, m.at(i));
+        for (std::int64_t c = 0; c < t.channels; ++c)
+          finish_statistics(args_, t.channel + c, m.of_channel(columns_, t, c));
         write(t);
       });
     } else {
       statistics_of_tiles();
-      each_tile([&](std::int64_t, const Tile& t) { write(t); });
+      each_tile(args_, split_, Walk::reverse, [&](std::int64_t, const Tile& t) { write(t); });
     }
   }
 
  private:
-  template <class F>
-  void each_tile(const F& f) const {
-    parallel_each(args_.parallel_for, split_.tasks(), split_.elements_each(),
-                  [&](std::int64_t task) { f(task, split_.tile(task)); });
-  }
-
   void statistics_of_tiles() const {
     const std::int64_t channels = args_.geometry.channels;
     Scratch<Moments> parts(split_.tiles * channels);
-    each_tile([&](std::int64_t task, const Tile& t) {
+    each_tile(args_, split_, Walk::forward, [&](std::int64_t task, const Tile& t) {
       const TileMoments m = tile_moments<T>(args_.input, t);
       Moments* to = parts.data() + task / split_.blocks * channels + t.channel;
-      for (std::int64_t i = 0; i < t.channels; ++i) to[i] = m.at(i);
+      for (std::int64_t c = 0; c < t.channels; ++c) to[c] = m.of_channel(columns_, t, c);
     });
     parallel_each(args_.parallel_for, channels, 16 * split_.tiles, [&](std::int64_t c) {
       Moments total;
@@ -279,45 +398,53 @@ class RowsForward {
 
   void write(const Tile& t) const {
     const RowAffine<S> k(args_, t);
+    TileMasks<1> masks(args_.geometry, args_.keep, t);
+    const Walk inside = walk_inside_rows(split_);
     for (std::int64_t row = t.end - 1; row >= t.begin; --row) {
-      const RowMasks masks(args_.geometry, args_.keep, row, t.channel);
-      const ForwardRun<T> run{row_start<T>(args_.input, row, t.channel), row_start<T>(args_.residual, row, t.channel),
-                              row_start<T>(args_.output, row, t.channel), advance(args_.flat_bits, masks.bits)};
-      for_each_vector_in_reverse(t.channels, [&](std::int64_t i, auto lanes) {
-        fused_.forward(run, i, k.at(i), masks.kept<S>(i, lanes), lanes);
+      const RowMasks m = masks.at(row);
+      const ForwardRun<T> run{row_start<T>(args_.input, row, t), row_start<T>(args_.residual, row, t),
+                              row_start<T>(args_.output, row, t), advance(args_.flat_bits, m.bits)};
+      for_each_vector(t.columns, inside, [&](std::int64_t i, auto lanes) {
+        fused_.forward(run, i, k.at(i), m.template kept<S>(i, lanes), lanes);
       });
     }
+    if (fused_.streaming) finish_streaming();
   }
 
   const ForwardArgs& args_;
   RowSplit split_;
+  Columns columns_;
   FusedElements<T, Act> fused_;
 };
 
-// Both sums of each channel of a tile, carried over from float to double as they grow.
+// Both sums of each column of a tile, carried over from S to double as they grow.
 template <class S>
 struct TileGradientSums {
-  ChannelArray<S> grad, grad_deviation;
-  ChannelArray<double> total_grad, total_grad_deviation;
-  std::int64_t vectors;
+  ColumnArray<S> grad, grad_deviation;
+  ColumnArray<double> total_grad, total_grad_deviation;
+  std::int64_t width;
 
-  explicit TileGradientSums(const Tile& t) : vectors((t.channels + kLanes - 1) / kLanes) {
-    for (std::int64_t v = 0; v < vectors; ++v) {
-      grad[v] = grad_deviation[v] = Vec<S>{};
-      total_grad[v] = total_grad_deviation[v] = Vec<double>{};
+  explicit TileGradientSums(const Tile& t) : width(t.columns) {
+    for (std::int64_t i = 0; i < width; i += kLanes) {
+      grad.clear(i);
+      grad_deviation.clear(i);
+      total_grad.clear(i);
+      total_grad_deviation.clear(i);
     }
   }
 
   void carry() {
-    for (std::int64_t v = 0; v < vectors; ++v) {
-      total_grad[v] += convert<Vec<double>>(grad[v]);
-      total_grad_deviation[v] += convert<Vec<double>>(grad_deviation[v]);
-      grad[v] = grad_deviation[v] = Vec<S>{};
+    for (std::int64_t i = 0; i < width; i += kLanes) {
+      total_grad.set(i, total_grad.at(i) + convert<Vec<double>>(grad.at(i)));
+      total_grad_deviation.set(i, total_grad_deviation.at(i) + convert<Vec<double>>(grad_deviation.at(i)));
+      grad.clear(i);
+      grad_deviation.clear(i);
     }
   }
 
-  GradientSums at(std::int64_t i) const {
-    return {total_grad[i / kLanes][i % kLanes], total_grad_deviation[i / kLanes][i % kLanes]};
+  GradientSums of_channel(const Columns& columns, const Tile& t, std::int64_t c) const {
+    const auto itself = [](auto x) { return x; };
+    return {columns.sum(t, c, total_grad, itself), columns.sum(t, c, total_grad_deviation, itself)};
   }
 };
 
@@ -328,62 +455,60 @@ class RowsBackward {
 
  public:
   RowsBackward(const BackwardArgs& args, Act activation)
-      : args_(args), split_(args.geometry), fused_{activation, splat<V>(args.keep.scale)} {}
+      : args_(args),
+        split_(args.geometry),
+        columns_(args.geometry),
+        fused_{activation, splat<V>(args.keep.scale), worth_streaming<T>(args.geometry, args.grad_input, split_.part())} {}
 
   void run() const {
     const std::int64_t channels = args_.geometry.channels;
-    // Coefficients of the input gradient, as two arrays so that they load as vectors.
-    Scratch<S> by_deviation(channels), constant(channels);
-    const auto finish = [&](std::int64_t c, const GradientSums& total) {
-      const InputGradient g = finish_sums<S>(args_, c, total);
-      by_deviation[c] = static_cast<S>(g.by_deviation);
-      constant[c] = static_cast<S>(g.constant);
-    };
+    Scratch<InputGradient> coefficients(channels);
     if (!needs_sums(args_)) {
-      each_tile([&](std::int64_t, const Tile& t) { write(t, nullptr, nullptr); });
+      each_tile(args_, split_, Walk::reverse, [&](std::int64_t, const Tile& t) { write(t, nullptr); });
     } else if (split_.tiles == 1) {
-      each_tile([&](std::int64_t, const Tile& t) {
+      each_tile(args_, split_, Walk::forward, [&](std::int64_t, const Tile& t) {
         const TileGradientSums<S> s = sums(t);
-        for (std::int64_t i = 0; i < t.channels; ++i) finish(t.channel + i, s.at(i));
-        write(t, by_deviation.data(), constant.data());
+        for (std::int64_t c = 0; c < t.channels; ++c)
+          coefficients[t.channel + c] = finish_sums<S>(args_, t.channel + c, s.of_channel(columns_, t, c));
+        write(t, coefficients.data());
       });
     } else {
-      Scratch<GradientSums> parts(split_.tiles * channels);
-      each_tile([&](std::int64_t task, const Tile& t) {
-        const TileGradientSums<S> s = sums(t);
-        GradientSums* to = parts.data() + task / split_.blocks * channels + t.channel;
-        for (std::int64_t i = 0; i < t.channels; ++i) to[i] = s.at(i);
-      });
-      parallel_each(args_.parallel_for, channels, 16 * split_.tiles, [&](std::int64_t c) {
-        GradientSums total;
-        for (std::int64_t tile = 0; tile < split_.tiles; ++tile) total.add(parts[tile * channels + c]);
-        finish(c, total);
-      });
-      each_tile([&](std::int64_t, const Tile& t) { write(t, by_deviation.data(), constant.data()); });
+      sums_of_tiles(coefficients.data());
+      each_tile(args_, split_, Walk::reverse, [&](std::int64_t, const Tile& t) { write(t, coefficients.data()); });
     }
   }
 
  private:
-  static constexpr std::int64_t kRowsAtOnce = 4;
+  static constexpr int kRowsAtOnce = 4;
 
-  template <class F>
-  void each_tile(const F& f) const {
-    parallel_each(args_.parallel_for, split_.tasks(), split_.elements_each(),
-                  [&](std::int64_t task) { f(task, split_.tile(task)); });
+  void sums_of_tiles(InputGradient* coefficients) const {
+    const std::int64_t channels = args_.geometry.channels;
+    Scratch<GradientSums> parts(split_.tiles * channels);
+    each_tile(args_, split_, Walk::forward, [&](std::int64_t task, const Tile& t) {
+      const TileGradientSums<S> s = sums(t);
+      GradientSums* to = parts.data() + task / split_.blocks * channels + t.channel;
+      for (std::int64_t c = 0; c < t.channels; ++c) to[c] = s.of_channel(columns_, t, c);
+    });
+    parallel_each(args_.parallel_for, channels, 16 * split_.tiles, [&](std::int64_t c) {
+      GradientSums total;
+      for (std::int64_t tile = 0; tile < split_.tiles; ++tile) total.add(parts[tile * channels + c]);
+      coefficients[c] = finish_sums<S>(args_, c, total);
+    });
   }
 
   BackwardRun<T> run_at(std::int64_t row, const Tile& t, const RowMasks& masks) const {
-    return {row_start<T>(args_.grad_output, row, t.channel), row_start<T>(args_.input, row, t.channel),
-            row_start<T>(args_.residual, row, t.channel), advance(args_.flat_bits, masks.bits)};
+    return {row_start<T>(args_.grad_output, row, t), row_start<T>(args_.input, row, t),
+            row_start<T>(args_.residual, row, t), advance(args_.flat_bits, masks.bits)};
   }
 
   __attribute__((noinline)) TileGradientSums<S> sums(const Tile& t) const {
     const RowAffine<S> k(args_, t);
+    TileMasks<kRowsAtOnce> masks(args_.geometry, args_.keep, t);
     TileGradientSums<S> s(t);
     std::int64_t since_carry = 0;
     for (std::int64_t row = t.begin; row < t.end; row += kRowsAtOnce) {
-      const std::int64_t rows = smaller(kRowsAtOnce, t.end - row);
-      add_rows(row, rows, t, k, s);
+      const auto rows = static_cast<int>(smaller(kRowsAtOnce, t.end - row));
+      add_rows(row, rows, t, k, masks, s);
       since_carry += rows;
       if (since_carry >= kFloatAdditions || row + rows == t.end) {
         s.carry();
@@ -393,73 +518,83 @@ class RowsBackward {
     return s;
   }
 
-  void add_rows(std::int64_t row, std::int64_t rows, const Tile& t, const RowAffine<S>& k,
+  void add_rows(std::int64_t row, int rows, const Tile& t, const RowAffine<S>& k, TileMasks<kRowsAtOnce>& tile_masks,
                 TileGradientSums<S>& s) const {
     RowMasks masks[kRowsAtOnce];
     BackwardRun<T> runs[kRowsAtOnce];
-    for (std::int64_t r = 0; r < rows; ++r) {
-      masks[r] = RowMasks(args_.geometry, args_.keep, row + r, t.channel);
+    for (int r = 0; r < rows; ++r) {
+      masks[r] = tile_masks.at(row + r, r);
       runs[r] = run_at(row + r, t, masks[r]);
     }
-    for_each_vector(t.channels, [&](std::int64_t i, auto lanes) {
+    for_each_vector(t.columns, [&](std::int64_t i, auto lanes) {
       const Affine<V> affine = k.at(i);
-      V grad = s.grad[i / kLanes], grad_deviation = s.grad_deviation[i / kLanes];
+      V grad = s.grad.at(i), grad_deviation = s.grad_deviation.at(i);
 // Unrolled, this loop would be half of the whole library.
 #pragma GCC unroll 1
-      for (std::int64_t r = 0; r < rows; ++r) {
+      for (int r = 0; r < rows; ++r) {
         const V x = load(runs[r].input + i, lanes);
         const V g =
             covered<S>(fused_.backward(runs[r], i, x, affine, masks[r].template kept<S>(i, lanes), lanes), lanes);
         grad += g;
         grad_deviation += g * (x - affine.mean);
       }
-      s.grad[i / kLanes] = grad;
-      s.grad_deviation[i / kLanes] = grad_deviation;
+      s.grad.set(i, grad);
+      s.grad_deviation.set(i, grad_deviation);
     });
   }
 
   // The coefficients are null in evaluation mode, where the input gradient needs none.
-  void write(const Tile& t, const S* by_deviation, const S* constant) const {
+  void write(const Tile& t, const InputGradient* coefficients) const {
     if (!args_.grad_input.data && !args_.grad_residual.data) return;
     const RowAffine<S> k(args_, t);
+    ColumnArray<S> by_deviation, constant;
+    if (args_.training) {
+      columns_.spread(t, by_deviation, [&](std::int64_t c) { return static_cast<S>(coefficients[c].by_deviation); });
+      columns_.spread(t, constant, [&](std::int64_t c) { return static_cast<S>(coefficients[c].constant); });
+    }
+    TileMasks<1> masks(args_.geometry, args_.keep, t);
+    const Walk inside = walk_inside_rows(split_);
     for (std::int64_t row = t.end - 1; row >= t.begin; --row) {
-      const RowMasks masks(args_.geometry, args_.keep, row, t.channel);
-      const BackwardRun<T> run = run_at(row, t, masks);
-      T* grad_input = row_start<T>(args_.grad_input, row, t.channel);
-      T* grad_residual = row_start<T>(args_.grad_residual, row, t.channel);
-      for_each_vector_in_reverse(t.channels, [&](std::int64_t i, auto lanes) {
+      const RowMasks m = masks.at(row);
+      const BackwardRun<T> run = run_at(row, t, m);
+      T* grad_input = row_start<T>(args_.grad_input, row, t);
+      T* grad_residual = row_start<T>(args_.grad_residual, row, t);
+      for_each_vector(t.columns, inside, [&](std::int64_t i, auto lanes) {
         const Affine<V> affine = k.at(i);
         const V x = load(run.input + i, lanes);
-        const V g = fused_.backward(run, i, x, affine, masks.kept<S>(i, lanes), lanes);
+        const V g = fused_.backward(run, i, x, affine, m.template kept<S>(i, lanes), lanes);
         if (grad_input) {
-          const V gx = args_.training
-                           ? input_gradient(g, x, affine.mean, affine.scale, load(by_deviation + t.channel + i, lanes),
-                                            load(constant + t.channel + i, lanes))
-                           : g * affine.scale;
-          store(grad_input + i, gx, lanes);
+          const V gx = args_.training ? input_gradient(g, x, affine.mean, affine.scale, by_deviation.at(i), constant.at(i))
+                                      : g * affine.scale;
+          fused_.put(grad_input + i, gx, lanes);
         }
-        if (grad_residual) store(grad_residual + i, g, lanes);
+        if (grad_residual) fused_.put(grad_residual + i, g, lanes);
       });
     }
+    if (fused_.streaming) finish_streaming();
   }
 
   const BackwardArgs& args_;
   RowSplit split_;
+  Columns columns_;
   FusedElements<T, Act> fused_;
 };
 
 template <class T>
 void dropout_rows(const DropoutArgs& args) {
   using S = Compute<T>;
-  const Geometry& g = args.geometry;
+  const RowSplit split(args.geometry);
   const Vec<S> scale = splat<Vec<S>>(args.keep.scale);
-  parallel_each(args.parallel_for, g.row_count(), g.channels, [&](std::int64_t row) {
-    const RowMasks masks(g, args.keep, row, 0);
-    const T* input = row_start<T>(args.input, row, 0);
-    T* output = row_start<T>(args.output, row, 0);
-    for_each_vector(g.channels, [&](std::int64_t i, auto lanes) {
-      store(output + i, masks.kept<S>(i, lanes) ? load(input + i, lanes) * scale : Vec<S>{}, lanes);
-    });
+  each_tile(args, split, Walk::forward, [&](std::int64_t, const Tile& t) {
+    TileMasks<1> masks(args.geometry, args.keep, t);
+    for (std::int64_t row = t.begin; row < t.end; ++row) {
+      const RowMasks m = masks.at(row);
+      const T* input = row_start<T>(args.input, row, t);
+      T* output = row_start<T>(args.output, row, t);
+      for_each_vector(t.columns, [&](std::int64_t i, auto lanes) {
+        store(output + i, m.template kept<S>(i, lanes) ? load(input + i, lanes) * scale : Vec<S>{}, lanes);
+      });
+    }
   });
 }
 

@@ -235,6 +235,57 @@ FL_INLINE void store(f16* p, Vec<float> v, Lanes lanes) {
   detail::store_lanes<std::uint16_t>(p, detail::to_f16(v), lanes);
 }
 
+// Streaming stores bypass the caches: what is too large to stay in them need not be read before it is overwritten, nor
+// push out what is still wanted. They need whole vectors at aligned addresses; elsewhere `stream` stores as usual.
+template <class T>
+inline constexpr std::size_t kVectorBytes = kLanes * sizeof(T);
+
+namespace detail {
+
+template <int kBytes>
+FL_INLINE void stream_bytes(void* p, const void* v) {
+#if defined(__AVX512F__)
+  if constexpr (kBytes % 64 == 0) {
+    for (int i = 0; i < kBytes / 64; ++i)
+      _mm512_stream_si512(static_cast<__m512i*>(p) + i, _mm512_loadu_si512(static_cast<const __m512i*>(v) + i));
+    return;
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (kBytes % 32 == 0) {
+    for (int i = 0; i < kBytes / 32; ++i)
+      _mm256_stream_si256(static_cast<__m256i*>(p) + i, _mm256_loadu_si256(static_cast<const __m256i*>(v) + i));
+    return;
+  }
+#endif
+#if defined(__SSE2__)
+  for (int i = 0; i < kBytes / 16; ++i)
+    _mm_stream_si128(static_cast<__m128i*>(p) + i, _mm_loadu_si128(static_cast<const __m128i*>(v) + i));
+#else
+  std::memcpy(p, v, kBytes);
+#endif
+}
+
+}  // namespace detail
+
+template <class T>
+FL_INLINE void stream(T* p, Vec<Compute<T>> v, AllLanes lanes) {
+  alignas(64) T stored[kLanes];
+  store(stored, v, lanes);
+  detail::stream_bytes<kVectorBytes<T>>(p, stored);
+}
+template <class T>
+FL_INLINE void stream(T* p, Vec<Compute<T>> v, FirstLanes lanes) {
+  store(p, v, lanes);
+}
+
+// Streaming stores of this thread are done before it goes on.
+FL_INLINE void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // v with the lanes that are not covered set to zero.
 template <class S>
 FL_INLINE Vec<S> covered(Vec<S> v, AllLanes) {
@@ -248,9 +299,12 @@ FL_INLINE Vec<S> covered(Vec<S> v, FirstLanes lanes) {
 
 template <class S>
 FL_INLINE double sum_of_lanes(Vec<S> v) {
-  double sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += static_cast<double>(v[i]);
-  return sum;
+  const Vec<double> lanes = convert<Vec<double>>(v);
+  double sums[kLanes];
+  std::memcpy(sums, &lanes, sizeof(sums));
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  return sums[0];
 }
 
 // Lane i of a mask is bit i of kMaskBytes bytes; a row of n elements takes (n + 7) / 8 bytes.
@@ -297,7 +351,12 @@ FL_INLINE Mask<S> load_mask_bytes(const std::uint8_t* p, Lanes lanes) {
 #endif
 }
 
-// Calls f(i, lanes) for the elements i, i + 1, ... of each vector that covers [0, n), from the first to the last.
+// Fetches a cache line that will be read soon. Any address will do.
+FL_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(p);
+}
+
+// Calls f(i, lanes) for the elements i, i + 1, ... of each vector that covers [0, n).
 template <class F>
 FL_INLINE void for_each_vector(std::int64_t n, F&& f) {
   std::int64_t i = 0;
@@ -305,12 +364,16 @@ FL_INLINE void for_each_vector(std::int64_t n, F&& f) {
   if (i < n) f(i, FirstLanes{static_cast<int>(n - i)});
 }
 
-// The same from the last to the first.
+enum class Walk { forward, reverse };
+
+// The same in either order, except that an incomplete vector comes first.
 template <class F>
-FL_INLINE void for_each_vector_in_reverse(std::int64_t n, F&& f) {
-  std::int64_t i = n & -kLanes;
-  if (i < n) f(i, FirstLanes{static_cast<int>(n - i)});
-  for (i -= kLanes; i >= 0; i -= kLanes) f(i, AllLanes{});
+FL_INLINE void for_each_vector(std::int64_t n, Walk walk, F&& f) {
+  const std::int64_t whole = n & -kLanes;
+  if (whole < n) f(whole, FirstLanes{static_cast<int>(n - whole)});
+  const std::int64_t step = walk == Walk::forward ? kLanes : -kLanes;
+  std::int64_t i = walk == Walk::forward ? 0 : whole - kLanes;
+  for (std::int64_t left = whole; left > 0; left -= kLanes, i += step) f(i, AllLanes{});
 }
 
 }  // namespace FASTLAYERS_ISA
