@@ -49,7 +49,8 @@ std::optional<View> view_as(const Geometry& g, const Tensor& t) {
   if (g.rows) {
     const auto row = merged_stride(without_channels(sizes), without_channels(strides));
     const std::int64_t rows = g.positions_per_run();
-    if (row && (g.channels == 1 || strides[1] == 1) && (rows == 1 || *row == g.channels)) return View{t, rows * *row, 1};
+    if (row && (g.channels == 1 || strides[1] == 1) && (rows == 1 || *row == g.channels))
+      return View{t, rows * *row, 1};
     return std::nullopt;
   }
   const auto inner = merged_stride(dims_after(sizes, 2), dims_after(strides, 2));

@@ -43,8 +43,8 @@ struct BackwardRun {
   const std::uint8_t* flat_bits;
 };
 
-// Whether writing `x` should bypass the caches: they do not hold it beside what it is computed from, and all its vectors
-// are aligned. Threads start at multiples of `part` elements of a run.
+// Whether writing `x` should bypass the caches: they do not hold it beside what it is computed from, and all its
+// vectors are aligned. Threads start at multiples of `part` elements of a run.
 template <class T>
 bool worth_streaming(const Geometry& g, const Target& x, std::int64_t part) {
   constexpr std::int64_t size = sizeof(T);

@@ -39,8 +39,8 @@ struct Geometry {
   std::int64_t mask_bytes() const { return runs() * mask_stride(); }
 };
 
-// Strides count elements. Where runs hold all channels `outer` leads to the next run; elsewhere `outer` leads to the next
-// sample and `inner` to the next channel.
+// Strides count elements. Where runs hold all channels `outer` leads to the next run; elsewhere `outer` leads to the
+// next sample and `inner` to the next channel.
 template <class Pointer>
 struct Strided {
   Pointer data = nullptr;

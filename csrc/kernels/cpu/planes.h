@@ -1,11 +1,11 @@
 // Kernels for tensors made of planes: the positions of one sample and channel are adjacent.
 //
-// A channel is one unit of work: its planes are walked once for the sums and, in reverse, once more to write the result,
-// so that the second walk starts with what is still in cache and, where a channel fits, finds all of it there. The first
-// walk reads several planes side by side: they lie far apart, and the processor fetches ahead in each of them.
-// Where nothing is summed, the planes are walked in the order of memory.
-// Where channels are few, each is split into spans that different threads take, and the walks become two parallel
-// loops. The split depends on the shape alone, so the result does not depend on the number of threads.
+// A channel is one unit of work: its planes are walked once for the sums and, in reverse, once more to write the
+// result, so that the second walk starts with what is still in cache and, where a channel fits, finds all of it there.
+// The first walk reads several planes side by side: they lie far apart, and the processor fetches ahead in each of
+// them. Where nothing is summed, the planes are walked in the order of memory. Where channels are few, each is split
+// into spans that different threads take, and the walks become two parallel loops. The split depends on the shape
+// alone, so the result does not depend on the number of threads.
 #pragma once
 
 #include <cmath>
@@ -267,7 +267,10 @@ class PlanesForward {
 
  public:
   PlanesForward(const ForwardArgs& args, Act activation)
-      : args_(args), split_(args.geometry), fused_{activation, splat<Vec<S>>(args.keep.scale), worth_streaming<T>(args.geometry, args.output, kSpanBoundary)} {}
+      : args_(args),
+        split_(args.geometry),
+        fused_{activation, splat<Vec<S>>(args.keep.scale),
+               worth_streaming<T>(args.geometry, args.output, kSpanBoundary)} {}
 
   void run() const {
     if (!args_.training) {
@@ -329,7 +332,10 @@ class PlanesBackward {
 
  public:
   PlanesBackward(const BackwardArgs& args, Act activation)
-      : args_(args), split_(args.geometry), fused_{activation, splat<V>(args.keep.scale), worth_streaming<T>(args.geometry, args.grad_input, kSpanBoundary)} {}
+      : args_(args),
+        split_(args.geometry),
+        fused_{activation, splat<V>(args.keep.scale),
+               worth_streaming<T>(args.geometry, args.grad_input, kSpanBoundary)} {}
 
   void run() const {
     if (!needs_sums(args_)) {
@@ -341,8 +347,7 @@ class PlanesBackward {
     } else {
       Scratch<InputGradient> coefficients(args_.geometry.channels);
       sums_of_spans(coefficients.data());
-      split_.each_span(args_.parallel_for,
-                       [&](std::int64_t, std::int64_t c, Span s) { write(c, s, coefficients[c]); });
+      split_.each_span(args_.parallel_for, [&](std::int64_t, std::int64_t c, Span s) { write(c, s, coefficients[c]); });
     }
   }
 
@@ -436,7 +441,8 @@ class PlanesBackward {
         const V g = masks.dropped ? V{} : fused_.backward(run, i, x, k, masks.kept<S>(i, lanes), lanes);
         if (grad_input)
           fused_.put(grad_input + i,
-                args_.training ? input_gradient(g, x, k.mean, k.scale, by_deviation, constant) : g * k.scale, lanes);
+                     args_.training ? input_gradient(g, x, k.mean, k.scale, by_deviation, constant) : g * k.scale,
+                     lanes);
         if (grad_residual) fused_.put(grad_residual + i, g, lanes);
       });
     });

@@ -1,11 +1,11 @@
 // Kernels for tensors whose runs hold all channels: channels_last and (N, C), and contiguous ones with small planes.
 //
-// A run is a row here, its elements are the columns, and each column belongs to a channel. A tile of rows is swept row by
-// row with the sums of all its columns beside it in the first-level cache; then the sums of each channel's columns are
-// put together. Large tensors are cut into tiles of rows, whose sums are merged between two parallel loops; the second
-// loop walks back, starting with what is still in cache. Small ones are cut by channels only, so that a thread finishes
-// its channels alone and in cache. The cut depends on the shape alone, so the result does not depend on the number of
-// threads.
+// A run is a row here, its elements are the columns, and each column belongs to a channel. A tile of rows is swept row
+// by row with the sums of all its columns beside it in the first-level cache; then the sums of each channel's columns
+// are put together. Large tensors are cut into tiles of rows, whose sums are merged between two parallel loops; the
+// second loop walks back, starting with what is still in cache. Small ones are cut by channels only, so that a thread
+// finishes its channels alone and in cache. The cut depends on the shape alone, so the result does not depend on the
+// number of threads.
 #pragma once
 
 #include "planes.h"
@@ -15,7 +15,8 @@ inline namespace FASTLAYERS_ISA {
 
 // Columns whose sums a thread keeps at hand.
 inline constexpr std::int64_t kBlockColumns = 1024;
-static_assert(8 * Geometry::kSmallPlane <= kBlockColumns && Geometry::kRowsPerRun * Geometry::kNarrowRow <= kBlockColumns);
+static_assert(8 * Geometry::kSmallPlane <= kBlockColumns &&
+              Geometry::kRowsPerRun * Geometry::kNarrowRow <= kBlockColumns);
 
 // Rows [begin, end), channels [channel, channel + channels) and the columns that these have.
 struct Tile {
@@ -28,7 +29,10 @@ class RowSplit {
   std::int64_t tiles, blocks;
 
   explicit RowSplit(const Geometry& g)
-      : rows_(g.runs()), channels_(g.channels), positions_(g.positions_per_run()), whole_row_(g.rows && positions_ > 1) {
+      : rows_(g.runs()),
+        channels_(g.channels),
+        positions_(g.positions_per_run()),
+        whole_row_(g.rows && positions_ > 1) {
     constexpr std::int64_t kElementsPerTile = 64 * 1024, kMostTiles = 64, kNarrowest = 64;
     // A block starts at a multiple of 16 columns, so that its vectors are aligned where the row is, or at least at a
     // multiple of 8, so that no two blocks share a byte of a bit mask.
@@ -98,14 +102,16 @@ struct Columns {
     }
   }
 
+  // The first column of channel c of the tile.
+  FL_INLINE std::int64_t first(std::int64_t c) const { return adjacent ? c * positions : c; }
+
   // The sum of f(x[i]) over the columns i of channel c.
   template <class F>
   FL_INLINE double sum(const Tile& t, std::int64_t c, const ColumnArray<double>& x, F&& f) const {
     if (adjacent) {
       Vec<double> sum{};
-      for_each_vector(positions, [&](std::int64_t k, auto lanes) {
-        sum += covered<double>(f(x.at(c * positions + k)), lanes);
-      });
+      for_each_vector(positions,
+                      [&](std::int64_t k, auto lanes) { sum += covered<double>(f(x.at(c * positions + k)), lanes); });
       return sum_of_lanes<double>(sum);
     }
     double sum = 0;
@@ -124,8 +130,7 @@ class RowAffine {
     columns.spread(t, mean_, [&](std::int64_t c) { return channel_affine<S>(args, c).mean; });
     columns.spread(t, scale_, [&](std::int64_t c) { return channel_affine<S>(args, c).scale; });
     columns.spread(t, shift_, [&](std::int64_t c) { return channel_affine<S>(args, c).shift; });
-    for (std::int64_t i = t.columns; i % kLanes != 0; ++i)
-      mean_.values[i] = scale_.values[i] = shift_.values[i] = 0;
+    for (std::int64_t i = t.columns; i % kLanes != 0; ++i) mean_.values[i] = scale_.values[i] = shift_.values[i] = 0;
   }
 
   FL_INLINE Affine<Vec<S>> at(std::int64_t i) const { return {mean_.at(i), scale_.at(i), shift_.at(i)}; }
@@ -195,14 +200,16 @@ class TileMasks {
   ColumnArray<std::uint8_t> spread_[kRows];
 };
 
-// The moments of each column of a tile.
+// The moments of each column of a tile. Means are kept as differences from an origin that all columns of a channel
+// share, so that what differs between these columns keeps its digits where a mean is large beside the spread.
 struct TileMoments {
   double count = 0;
-  ColumnArray<double> mean, squares;
+  ColumnArray<double> origin, mean, squares;
   std::int64_t width;
 
   explicit TileMoments(const Tile& t) : width(t.columns) {
     for (std::int64_t i = 0; i < width; i += kLanes) {
+      origin.clear(i);
       mean.clear(i);
       squares.clear(i);
     }
@@ -210,12 +217,13 @@ struct TileMoments {
 
   // Those of channel c, from its columns, which all have the same count.
   Moments of_channel(const Columns& columns, const Tile& t, std::int64_t c) const {
-    if (columns.positions == 1) return {count, mean.values[c], squares.values[c]};
+    const double from = origin.values[columns.first(c)];
+    if (columns.positions == 1) return {count, from + mean.values[c], squares.values[c]};
+    const auto itself = [](auto x) { return x; };
     const auto n = static_cast<double>(columns.positions);
-    Moments m{count * n, columns.sum(t, c, mean, [](auto x) { return x; }) / n};
-    const double between = columns.sum(t, c, mean, [&](auto x) { return (x - m.mean) * (x - m.mean); });
-    m.squares = columns.sum(t, c, squares, [](auto x) { return x; }) + count * between;
-    return m;
+    const double average = columns.sum(t, c, mean, itself) / n;
+    const double between = columns.sum(t, c, mean, [&](auto x) { return (x - average) * (x - average); });
+    return {count * n, from + average, columns.sum(t, c, squares, itself) + count * between};
   }
 
   bool is_finite() const {
@@ -232,8 +240,8 @@ class RowSums {
  public:
   RowSums(const Source& x, const Tile& tile) : x_(x), tile_(tile) {}
 
-  // Starts with the means of these rows as shifts.
-  void shift_by_mean_of(std::int64_t begin, std::int64_t end) {
+  // Starts with the means of these rows as shifts and origins.
+  void start(std::int64_t begin, std::int64_t end, const Columns& columns, TileMoments& total) {
     const A share = 1 / static_cast<A>(end - begin);
     for_each_vector(tile_.columns, [&](std::int64_t i, auto lanes) {
       Vec<A> sum{};
@@ -241,11 +249,16 @@ class RowSums {
         sum += convert<Vec<A>>(load(row_start<T>(x_, row, tile_) + i, lanes));
       restart(i, sum * share);
     });
+    columns.spread(tile_, total.origin, [&](std::int64_t c) {
+      return static_cast<double>(shift_.values[columns.first(c - tile_.channel)]);
+    });
     count_ = 0;
   }
 
-  void shift_by_mean_of(const TileMoments& total) {
-    for (std::int64_t i = 0; i < tile_.columns; i += kLanes) restart(i, convert<Vec<A>>(total.mean.at(i)));
+  // Goes on with the means so far as shifts.
+  void restart(const TileMoments& total) {
+    for (std::int64_t i = 0; i < tile_.columns; i += kLanes)
+      restart(i, convert<Vec<A>>(total.origin.at(i) + total.mean.at(i)));
     count_ = 0;
   }
 
@@ -261,8 +274,8 @@ class RowSums {
     const auto count = static_cast<double>(count_);
     for (std::int64_t i = 0; i < tile_.columns; i += kLanes) {
       BasicMoments<D> merged{total.count, total.mean.at(i), total.squares.at(i)};
-      merged.merge(BasicMoments<D>::from_shifted(count, convert<D>(shift_.at(i)), convert<D>(sum_.at(i)),
-                                                 convert<D>(square_.at(i))));
+      merged.merge(BasicMoments<D>::from_shifted(count, convert<D>(shift_.at(i)) - total.origin.at(i),
+                                                 convert<D>(sum_.at(i)), convert<D>(square_.at(i))));
       total.mean.set(i, merged.mean);
       total.squares.set(i, merged.squares);
     }
@@ -303,16 +316,16 @@ class RowSums {
 // As plane_moments: one pass, each chunk shifted by the mean of all rows before it, the first by that of its own first
 // rows.
 template <class T, class A>
-__attribute__((noinline)) TileMoments tile_moments(const Source& x, const Tile& tile) {
+__attribute__((noinline)) TileMoments tile_moments(const Source& x, const Tile& tile, const Columns& columns) {
   constexpr std::int64_t kFirst = 8, kGrowth = 8;
   RowSums<T, A> sums(x, tile);
   TileMoments total(tile);
   std::int64_t chunk = kFirst;
-  sums.shift_by_mean_of(tile.begin, smaller(tile.begin + kFirst, tile.end));
+  sums.start(tile.begin, smaller(tile.begin + kFirst, tile.end), columns, total);
   for (std::int64_t row = tile.begin; row < tile.end; row += chunk) {
     if (row > tile.begin) {
       chunk = smaller(kGrowth * chunk, kFloatAdditions);
-      sums.shift_by_mean_of(total);
+      sums.restart(total);
     }
     sums.add(row, smaller(row + chunk, tile.end));
     sums.merge_into(total);
@@ -325,18 +338,18 @@ template <class T>
 TileMoments tile_moments_of_non_finite(const Source& x, const Tile& tile) {
   RowSums<T, double> sums(x, tile);
   TileMoments total(tile);
-  sums.shift_by_mean_of(total);
+  sums.restart(total);
   sums.add(tile.begin, tile.end);
   sums.merge_into(total);
   return total;
 }
 
 template <class T>
-TileMoments tile_moments(const Source& x, const Tile& tile) {
-  TileMoments m = tile_moments<T, Compute<T>>(x, tile);
+TileMoments tile_moments(const Source& x, const Tile& tile, const Columns& columns) {
+  TileMoments m = tile_moments<T, Compute<T>>(x, tile, columns);
   if (m.is_finite()) return m;
   // Squares beyond the range of float, or something that is not finite in x: double tells which.
-  if constexpr (sizeof(Compute<T>) < sizeof(double)) m = tile_moments<T, double>(x, tile);
+  if constexpr (sizeof(Compute<T>) < sizeof(double)) m = tile_moments<T, double>(x, tile, columns);
   return m.is_finite() ? m : tile_moments_of_non_finite<T>(x, tile);
 }
 
@@ -362,14 +375,15 @@ class RowsForward {
       : args_(args),
         split_(args.geometry),
         columns_(args.geometry),
-        fused_{activation, splat<Vec<S>>(args.keep.scale), worth_streaming<T>(args.geometry, args.output, split_.part())} {}
+        fused_{activation, splat<Vec<S>>(args.keep.scale),
+               worth_streaming<T>(args.geometry, args.output, split_.part())} {}
 
   void run() const {
     if (!args_.training) {
       each_tile(args_, split_, Walk::reverse, [&](std::int64_t, const Tile& t) { write(t); });
     } else if (split_.tiles == 1) {
       each_tile(args_, split_, Walk::forward, [&](std::int64_t, const Tile& t) {
-        const TileMoments m = tile_moments<T>(args_.input, t);
+        const TileMoments m = tile_moments<T>(args_.input, t, columns_);
         for (std::int64_t c = 0; c < t.channels; ++c)
           finish_statistics(args_, t.channel + c, m.of_channel(columns_, t, c));
         write(t);
@@ -385,7 +399,7 @@ class RowsForward {
     const std::int64_t channels = args_.geometry.channels;
     Scratch<Moments> parts(split_.tiles * channels);
     each_tile(args_, split_, Walk::forward, [&](std::int64_t task, const Tile& t) {
-      const TileMoments m = tile_moments<T>(args_.input, t);
+      const TileMoments m = tile_moments<T>(args_.input, t, columns_);
       Moments* to = parts.data() + task / split_.blocks * channels + t.channel;
       for (std::int64_t c = 0; c < t.channels; ++c) to[c] = m.of_channel(columns_, t, c);
     });
@@ -458,7 +472,8 @@ class RowsBackward {
       : args_(args),
         split_(args.geometry),
         columns_(args.geometry),
-        fused_{activation, splat<V>(args.keep.scale), worth_streaming<T>(args.geometry, args.grad_input, split_.part())} {}
+        fused_{activation, splat<V>(args.keep.scale),
+               worth_streaming<T>(args.geometry, args.grad_input, split_.part())} {}
 
   void run() const {
     const std::int64_t channels = args_.geometry.channels;
@@ -479,7 +494,7 @@ class RowsBackward {
   }
 
  private:
-  static constexpr int kRowsAtOnce = 4;
+  static constexpr int kRowsAtOnce = 2;
 
   void sums_of_tiles(InputGradient* coefficients) const {
     const std::int64_t channels = args_.geometry.channels;
@@ -564,8 +579,9 @@ class RowsBackward {
         const V x = load(run.input + i, lanes);
         const V g = fused_.backward(run, i, x, affine, m.template kept<S>(i, lanes), lanes);
         if (grad_input) {
-          const V gx = args_.training ? input_gradient(g, x, affine.mean, affine.scale, by_deviation.at(i), constant.at(i))
-                                      : g * affine.scale;
+          const V gx = args_.training
+                           ? input_gradient(g, x, affine.mean, affine.scale, by_deviation.at(i), constant.at(i))
+                           : g * affine.scale;
           fused_.put(grad_input + i, gx, lanes);
         }
         if (grad_residual) fused_.put(grad_residual + i, g, lanes);
