@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from fastlayers_benchmarks.cases import SEED, Case, Inputs
 from torch import Tensor, nn
 
 import fastlayers as fl
 from fastlayers import activations, masks
+from fastlayers_benchmarks.cases import SEED, Case, Inputs
 
 # Where ReLU's slope jumps, rounding decides which of both slopes an element has, whoever computes it: there the
 # gradient of the output is zero. The widest rounding is that of bfloat16.

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import torch
+
+from fastlayers.cli import needs_extra
 from fastlayers_benchmarks import cases
 from fastlayers_benchmarks.machine import (
     ALLOCATORS,
@@ -22,14 +24,15 @@ from fastlayers_benchmarks.machine import (
     environment_for,
 )
 
-from fastlayers.cli import needs_extra
-
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fastlayers_benchmarks.check import Comparison
     from fastlayers_benchmarks.contenders import Contender
     from fastlayers_benchmarks.record import Record, Row
-    from rich.console import Console
+    from fastlayers_benchmarks.steps import StepCase
 
+WIDTH = 120
 ROUNDS = {"quick": 5, "default": 15, "full": 15}
 
 
@@ -43,7 +46,9 @@ ROUNDS = {"quick": 5, "default": 15, "full": 15}
 @click.option("--layers/--no-layers", default=True, help="Measure single layers.  [default: yes]")
 @click.option("--steps/--no-steps", default=True, help="Measure whole training steps.  [default: yes]")
 @click.option("--rounds", type=click.IntRange(min=1), help="Samples of each.  [default: 15, 5 if quick]")
-@click.option("--threads", type=click.IntRange(min=1), multiple=True, help="CPU threads. Repeatable.  [default: torch's]")
+@click.option(
+    "--threads", type=click.IntRange(min=1), multiple=True, help="CPU threads. Repeatable.  [default: torch's]"
+)
 @click.option(
     "--allocator",
     "allocators",
@@ -62,6 +67,7 @@ ROUNDS = {"quick": 5, "default": 15, "full": 15}
 @click.pass_context
 def bench(
     ctx: click.Context,
+    /,
     json_path: Path | None,
     markdown: Path | None,
     plots: Path | None,
@@ -74,11 +80,12 @@ def bench(
     a process of its own. Cases: see benchmarks/fastlayers_benchmarks/cases.py.
     """
     with needs_extra("bench"):
+        from rich.console import Console
+
         from fastlayers_benchmarks import check as checking
         from fastlayers_benchmarks import plots as drawing
         from fastlayers_benchmarks import record as recording
         from fastlayers_benchmarks import report
-        from rich.console import Console
 
     try:
         # Read before hours are spent on what it is compared with.
@@ -87,7 +94,7 @@ def bench(
         # Saved first: it took the time.
         if json_path is not None:
             record.save(json_path)
-        report.show(Console(), record)
+        report.show(_console(), record)
         pictures = [] if plots is None else drawing.save(record, plots)
         if markdown is not None:
             report.save_markdown(record, markdown, pictures)
@@ -98,6 +105,14 @@ def bench(
         _report_comparison(comparison)
         if comparison.falls:
             ctx.exit(1)
+
+
+def _console() -> Console:
+    """Standard output; wide enough for the tables where it is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
 
 
 def _report_comparison(comparison: Comparison) -> None:
@@ -203,9 +218,7 @@ def _measure_here(options: _Options, console: Console) -> Record:
     rows = _rows(options, console)
     if not rows:
         raise click.ClickException(f"--only {options.only.pattern!r}: no case of the {options.grid} grid matches")
-    setting = record.Setting(
-        str(options.device), threads, allocator, contenders.fused_contender(options.device), rows
-    )
+    setting = record.Setting(str(options.device), threads, allocator, contenders.fused_contender(options.device), rows)
     return record.Record(
         describe_machine(options.device),
         describe_versions(),
@@ -216,22 +229,23 @@ def _measure_here(options: _Options, console: Console) -> Record:
 
 
 def _rows(options: _Options, console: Console) -> list[Row]:
-    from fastlayers_benchmarks import contenders, layers, steps
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
+    from fastlayers_benchmarks import contenders, layers, steps
+
     available = contenders.contenders(options.device)
-    chosen = _chosen(options.names, available, list(steps.CONTENDERS))
+    chosen = _chosen(options.names, available, options.device)
     step_names = [name for name in steps.CONTENDERS if name in chosen]
     work: list[tuple[str, Callable[[], list[Row]]]] = []
     if options.layers:
         entrants: list[Contender] = [contender for contender in available if contender.name in chosen]
         work += [
-            (case.name, lambda c=case: layers.measure_case(c, entrants, options.phases, options.rounds, options.device))
+            (case.name, partial(layers.measure_case, case, entrants, options.phases, options.rounds, options.device))
             for case in cases.grid(options.grid)
         ]
     if options.steps:
         work += [
-            (case.name, lambda c=case: [steps.measure_step(c, step_names, options.rounds, options.device)])
+            (case.name, partial(_step_rows, case, step_names, options))
             for case in steps.step_cases(quick=options.grid == "quick")
         ]
     work = [(name, job) for name, job in work if options.only.search(name)]
@@ -246,12 +260,22 @@ def _rows(options: _Options, console: Console) -> list[Row]:
     return rows
 
 
-def _chosen(names: Sequence[str], available: Sequence[Contender], in_steps: Sequence[str]) -> set[str]:
-    """The contenders asked for, and eager, to which all are compared."""
-    from fastlayers_benchmarks.contenders import EAGER
+def _step_rows(case: StepCase, names: Sequence[str], options: _Options) -> list[Row]:
+    from fastlayers_benchmarks.steps import measure_step
 
-    known = list(dict.fromkeys([*(contender.name for contender in available), *in_steps]))
+    return [measure_step(case, names, options.rounds, options.device)]
+
+
+def _chosen(names: Sequence[str], available: Sequence[Contender], device: torch.device) -> set[str]:
+    """The contenders asked for, and eager, to which all are compared."""
+    from fastlayers_benchmarks import contenders, steps
+
+    known = list(dict.fromkeys([*(contender.name for contender in available), *steps.CONTENDERS]))
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise click.BadParameter(f"unknown: {', '.join(unknown)}; known here: {', '.join(known)}", param_hint="--contender")
-    return {EAGER, *(names or known)}
+        message = f"unknown: {', '.join(unknown)}; known here: {', '.join(known)}"
+        raise click.BadParameter(message, param_hint="--contender")
+    chosen = {contenders.EAGER, *(names or known)}
+    # A training step has one contender for this library, whose name does not say which backend serves it.
+    aliases = {steps.FUSED, contenders.fused_contender(device)}
+    return chosen | aliases if chosen & aliases else chosen

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from fastlayers_benchmarks.cases import Case, Variant
 from torch import Tensor, nn
 
 import fastlayers as fl
+from fastlayers_benchmarks.cases import Case, Variant
 
 EAGER = "eager"
 COMPILE = "compile"
@@ -156,7 +156,8 @@ def _error_of(backend: str, device: torch.device) -> str | None:
     """Why `backend` does not serve `device`; None if it does. Tried out: the library knows best."""
     try:
         with fl.use_backend(backend):
-            fused_layer(Case((2, 2, 2, 2), variant=Variant(drop_p=0.0))).to(device)(torch.ones(2, 2, 2, 2, device=device))
+            layer = fused_layer(Case((2, 2, 2, 2), variant=Variant(drop_p=0.0))).to(device)
+            layer(torch.ones(2, 2, 2, 2, device=device))
     except RuntimeError as error:
         return str(error)
     return None

@@ -6,17 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor, nn
+
+from fastlayers.experiments.memory import bytes_saved_by
 from fastlayers_benchmarks import accuracy, traffic
 from fastlayers_benchmarks.cases import Case, Inputs, Phase, make_inputs
 from fastlayers_benchmarks.contenders import EAGER, Contender
 from fastlayers_benchmarks.memory import peak_bytes
 from fastlayers_benchmarks.record import Outcome, Row
 from fastlayers_benchmarks.timing import Run, measure
-from torch import Tensor, nn
-
-from fastlayers.experiments.memory import bytes_saved_by
 
 TRAINING: Phase = "forward+backward"  # the phase that memory for backward and accuracy are reported with
+
+
+COPY = "copy"  # takes its turn with the contenders
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,11 @@ def measure_case(
     inputs = make_inputs(case, device)
     entrants = {c.name: Entrant(c, c.layer(case, device)) for c in contenders if c.can(case)}
     failures = _drop_failing(entrants, inputs, phases)
-    timed = {phase: _time(entrants, phase, inputs, rounds, device) for phase in phases}
+    copy = traffic.copy_run(case, device)
+    timed = {phase: _time(entrants, copy, phase, inputs, rounds, device) for phase in phases}
     peaks = {phase: _peaks(entrants, phase, inputs, device) for phase in phases}
     saved, errors = _of_training(entrants, case, inputs) if TRAINING in phases else ({}, {})
-    caches = traffic.caches_of(device)
-    on_chip = traffic.kept_on_chip(case, caches)
-    rate = traffic.copy_rate(case, device)
+    on_chip = traffic.kept_on_chip(case, traffic.caches_of(device))
     return [
         Row(
             case.name,
@@ -108,7 +110,7 @@ def measure_case(
             },
             traffic.passes(case, phase, on_chip),
             case.nbytes,
-            rate,
+            traffic.copy_rate(case, timed[phase][COPY]),
             failures,
         )
         for phase in phases
@@ -134,14 +136,13 @@ def _drop_failing(entrants: dict[str, Entrant], inputs: Inputs, phases: Sequence
 
 
 def _time(
-    entrants: Mapping[str, Entrant], phase: Phase, inputs: Inputs, rounds: int, device: torch.device
+    entrants: Mapping[str, Entrant], copy: Run, phase: Phase, inputs: Inputs, rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    return measure({name: entrant.run(phase, inputs) for name, entrant in entrants.items()}, rounds, device)
+    runs = {name: entrant.run(phase, inputs) for name, entrant in entrants.items()}
+    return measure({**runs, COPY: copy}, rounds, device)
 
 
-def _peaks(
-    entrants: Mapping[str, Entrant], phase: Phase, inputs: Inputs, device: torch.device
-) -> dict[str, int]:
+def _peaks(entrants: Mapping[str, Entrant], phase: Phase, inputs: Inputs, device: torch.device) -> dict[str, int]:
     return {name: peak_bytes(entrant.run(phase, inputs), device) for name, entrant in entrants.items()}
 
 

@@ -52,8 +52,10 @@ def cpu_caches(folder: Path = _CACHE_FOLDER) -> CpuCaches:
 
 
 def _bytes(size: str) -> int:
-    number, unit = re.fullmatch(r"(\d+)([KMG]?)", size).groups()  # type: ignore[union-attr]
-    return int(number) * 1024 ** " KMG".index(unit or " ")
+    """Of a size such as "1024K"."""
+    number = size.rstrip("KMG")
+    units: dict[str, int] = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+    return int(number) * units[size[len(number) :]]
 
 
 def _count(cpu_list: str) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
 import torch
+
 from fastlayers_benchmarks.timing import Run
 
 
@@ -32,6 +34,8 @@ def _peak_on_cuda(run: Run, device: torch.device) -> int:
 
 
 def _peak_on_cpu(run: Run) -> int:
+    # Otherwise the tracer announces its start and end on standard error, each time.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run.call()
     with tempfile.TemporaryDirectory() as folder:

@@ -6,14 +6,15 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from fastlayers_benchmarks import steps
 from fastlayers_benchmarks.cases import PHASES
 from fastlayers_benchmarks.contenders import COMPILE, EAGER
 from fastlayers_benchmarks.record import STEP, Record, Row, Setting
 from fastlayers_benchmarks.summary import milliseconds
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 LOSS = "#d62728"
 COLOURS = {EAGER: "#1f4e79", COMPILE: "#e08e0b"}
@@ -122,7 +123,7 @@ def _draw_roofline(setting: Setting, rows: Sequence[Row]) -> Figure | None:
 def _draw_steps(setting: Setting, rows: Sequence[Row]) -> Figure | None:
     """The time of a training step by contender, as a part of eager's."""
     names = [name for name in steps.CONTENDERS if any(name in row.outcomes for row in rows)]
-    figure = _figure(1.5 + 2.2 * len(rows), 4.5, setting, "training step, part of eager's time")
+    figure = _figure(max(7.0, 1.5 + 2.2 * len(rows)), 4.5, setting, "training step, part of eager's time")
     axes = figure.subplots()
     width = 0.8 / len(names)
     for place, row in enumerate(rows):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastlayers_benchmarks import summary
-from fastlayers_benchmarks.record import Record
-from fastlayers_benchmarks.summary import Cell, Table
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
+
+from fastlayers_benchmarks import summary
+from fastlayers_benchmarks.record import Record
+from fastlayers_benchmarks.summary import Cell, Table
 
 LOSS_MARK = "▼"
 
@@ -47,7 +48,7 @@ def _rich_table(table: Table) -> RichTable:
     for row in table.rows:
         name = row[0].text
         # What the row above says already is left out.
-        cells = [row[0] if name != before or table.labels == 1 else Cell("")] + list(row[1:])
+        cells = [row[0] if name != before or table.labels == 1 else Cell(""), *row[1:]]
         rich_table.add_row(*(Text(cell.text, style="bold red" if cell.loss else "") for cell in cells))
         before = name
     return rich_table

@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from fastlayers_benchmarks.cases import LAYOUTS, SEED
-from fastlayers_benchmarks.contenders import COMPILE, EAGER, FUSED_COMPILED, EagerChain
-from fastlayers_benchmarks.memory import peak_bytes
-from fastlayers_benchmarks.record import STEP, Outcome, Row
-from fastlayers_benchmarks.timing import Quantiles, Run, measure, quantiles
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastlayers as fl
 from fastlayers.experiments.memory import bytes_saved_by
 from fastlayers.experiments.models import Block, CnnPlan, LayerFactory, build_cnn, fused_layers, torch_layers
+from fastlayers_benchmarks.cases import LAYOUTS, SEED
+from fastlayers_benchmarks.contenders import COMPILE, EAGER, FUSED_COMPILED, EagerChain
+from fastlayers_benchmarks.memory import peak_bytes
+from fastlayers_benchmarks.record import STEP, Outcome, Row
+from fastlayers_benchmarks.timing import Quantiles, Run, measure, quantiles
 
 FUSED = "fastlayers"
 # torch's model with BatchNorm, activation and dropout left out. What it saves is their share of the step.
@@ -175,7 +175,8 @@ class Step:
             model, images = case.build(kind), torch.randn(case.shape)
         if len(case.shape) > 2:
             layout = LAYOUTS[case.layout]
-            model, images = model.to(memory_format=layout), images.contiguous(memory_format=layout)
+            model = model.to(memory_format=layout)  # type: ignore[call-overload]
+            images = images.contiguous(memory_format=layout)
         model, self._images = model.to(device), images.to(device)
         self._labels = torch.arange(case.shape[0], device=device) % CLASSES
         self._parameters = list(model.parameters())

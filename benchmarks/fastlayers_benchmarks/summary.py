@@ -83,7 +83,7 @@ def means(rows: Iterable[Row], fused: str) -> Table:
         p = "any" if row.phase == "eval" else f"{a['drop_p']:g}"
         groups[row.phase, a["dtype"], p, _layout(a)].add(row, fused)
     body = []
-    for key in sorted(groups, key=lambda k: (PHASES.index(k[0]), *k[1:])):  # type: ignore[arg-type]
+    for key in sorted(groups, key=lambda k: (PHASES.index(k[0]), *k[1:])):
         group = groups[key]
         cases = Cell(str(max(len(group.eager), len(group.compiled))))
         body.append([*map(Cell, key), cases, _mean(group.eager), _mean(group.compiled), Cell(str(group.losses))])
@@ -92,6 +92,7 @@ def means(rows: Iterable[Row], fused: str) -> Table:
         ("phase", "dtype", "p", "layout", "cases", "vs eager", "vs compile", "losses"),
         body,
         labels=4,
+        note="losses: single ratios, of both kinds, below one.",
     )
 
 
@@ -112,20 +113,30 @@ def _about(row: Row) -> list[Cell]:
     return [Cell(text) for text in texts]
 
 
+def _digits(value: float) -> str:
+    """Three digits that count, or all before the point, without exponents."""
+    decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{decimals}f}"
+
+
+def _ratio_text(value: float) -> str:
+    return f"{value:.2f}" if value < 1 else _digits(value)
+
+
 def _ratio(value: float) -> Cell:
-    return Cell(f"{value:.2f}", loss=value < 1)
+    return Cell(_ratio_text(value), loss=value < 1)
 
 
 def _spread_ratio(value: Quantiles | None) -> Cell:
     if value is None:
         return NOTHING
-    return Cell(f"{value.median:.2f} ({value.q20:.2f}-{value.q80:.2f})", loss=value.median < 1)
+    low, high = map(_ratio_text, (value.q20, value.q80))
+    return Cell(f"{_ratio_text(value.median)} ({low}-{high})", loss=value.median < 1)
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits that count, without exponents."""
-    value = seconds * 1e3
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.3f}"
+    """As text, without the unit."""
+    return _digits(seconds * 1e3)
 
 
 def _time(row: Row, contender: str) -> Cell:
@@ -152,8 +163,8 @@ def ratio_table(phase: str, rows: Sequence[Row], fused: str) -> Table:
                 _time(row, fused),
                 _spread_ratio(row.ratio(fused)),
                 _spread_ratio(row.ratio(fused, COMPILE)),
-                Cell(f"{bandwidth / 1e9:.1f}") if bandwidth else NOTHING,
-                Cell(f"{of_copy:.2f}") if of_copy else NOTHING,
+                Cell(_digits(bandwidth / 1e9)) if bandwidth else NOTHING,
+                Cell(_ratio_text(of_copy)) if of_copy else NOTHING,
                 _outliers(row, (EAGER, fused)),
             ]
         )
@@ -203,8 +214,8 @@ def cost_table(rows: Sequence[Row], fused: str) -> Table:
         (*_ABOUT, "saved", "ours", "peak", "ours", "output", "ours", "grads", "ours"),
         body,
         labels=len(_ABOUT),
-        note="saved, peak: MiB kept for backward, and most held during a call. output, grads: relative error (root mean "
-        "square) against float64, of the gradients the largest; a loss where it is more than twice eager's.",
+        note="saved, peak: MiB kept for backward, and most held during a call. output, grads: relative error (root "
+        "mean square) against float64, of the gradients the largest; a loss where it is more than twice eager's.",
     )
 
 

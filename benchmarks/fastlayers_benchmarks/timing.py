@@ -97,4 +97,16 @@ def _sample_on_cuda(run: Run, repeats: int) -> float:
         run.reset()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) * 1e-3 / repeats
+    return float(begin.elapsed_time(end)) * 1e-3 / repeats
+
+
+def synchronized(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """`call`, returning only when `device` has done its work, for clocks that know nothing of devices."""
+    if device.type != "cuda":
+        return call
+
+    def call_and_wait() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return call_and_wait

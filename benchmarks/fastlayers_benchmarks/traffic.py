@@ -28,15 +28,16 @@ second-level cache is all there is, of which a channel in work has an equal shar
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
-from fastlayers_benchmarks.cases import DTYPES, LAYOUTS, Case, Phase
-from fastlayers_benchmarks.machine import CpuCaches, cpu_caches
 
 from fastlayers import activations
+from fastlayers_benchmarks.cases import DTYPES, LAYOUTS, Case, Phase
+from fastlayers_benchmarks.machine import CpuCaches, cpu_caches
+from fastlayers_benchmarks.timing import Run
 
 COPY_PASSES = 2  # one read, one write
 
@@ -90,29 +91,14 @@ def passes(case: Case, phase: Phase, on_chip: bool) -> float:
     return forward + backward
 
 
-def copy_rate(case: Case, device: torch.device, seconds: float = 0.05, rounds: int = 7) -> float:
-    """Bytes per second, read and written, of ``Tensor.copy_`` between tensors of the case's size, already allocated.
-
-    The median of at least `rounds` samples, of `seconds` in all or more.
-    """
+def copy_run(case: Case, device: torch.device) -> Run:
+    """A copy between two tensors of the case's kind that exist already: takes turns with what it is compared with."""
     layout, dtype = LAYOUTS[case.layout], DTYPES[case.variant.dtype]
     source = torch.ones(case.shape, dtype=dtype, device=device).contiguous(memory_format=layout)
     target = torch.empty_like(source)
-    target.copy_(source)
-    # Short ones together, so that neither the clock nor the call is what is measured.
-    repeats = max(1, int(1e6 // case.nbytes))
-    found: list[float] = []
-    started = time.perf_counter()
-    while len(found) < rounds or time.perf_counter() - started < seconds:
-        _synchronize(device)
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            target.copy_(source)
-        _synchronize(device)
-        found.append((time.perf_counter() - begin) / repeats)
-    return COPY_PASSES * case.nbytes / median(found)
+    return Run(lambda: target.copy_(source))
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def copy_rate(case: Case, samples: Sequence[float]) -> float:
+    """Bytes read and written per second, by the median of a copy's times."""
+    return COPY_PASSES * case.nbytes / median(samples)
