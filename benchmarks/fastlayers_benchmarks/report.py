@@ -38,7 +38,7 @@ def _rich_table(table: Table) -> RichTable:
         title_justify="left",
         caption_justify="left",
         title_style="bold",
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
     )
     for number, column in enumerate(table.columns):

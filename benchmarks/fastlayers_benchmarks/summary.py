@@ -169,11 +169,11 @@ def ratio_table(phase: str, rows: Sequence[Row], fused: str) -> Table:
             ]
         )
     return Table(
-        f"{phase}: {fused}",
-        (*_ABOUT, "eager ms", "ours ms", "vs eager", "vs compile", "GB/s", "/copy", "out"),
+        f"{phase}: {fused}, ms",
+        (*_ABOUT, "eager", "ours", "vs eager", "vs compile", "GB/s", "/copy", "out"),
         body,
         labels=len(_ABOUT),
-        note="Ratios: median (20 % to 80 % quantile). GB/s: the design's passes over the median time; /copy: over the "
+        note="eager, ours: median ms. Ratios: median (20 % to 80 % quantile). GB/s: the design's passes over the median time; /copy: over the "
         "rate of a copy of one such tensor. out: outliers of eager/ours.",
     )
 
