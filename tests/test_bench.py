@@ -375,7 +375,7 @@ class TestSteps:
         by_name = {case.name: case for case in steps.step_cases()}
         names = ["mlp", "cnn-contiguous", "cnn-channels_last", "resnet18-contiguous", "resnet18-channels_last"]
         assert list(by_name) == names
-        torch_kind, fused, without = (steps.CONTENDERS[name][0] for name in ("eager", "fastlayers", "without"))
+        torch_kind, fused = (steps.CONTENDERS[name][0] for name in ("eager", "fastlayers"))
         resnet = by_name["resnet18-contiguous"].build(torch_kind)
         # ResNet-18 for CIFAR has 11.17 million parameters.
         assert sum(p.numel() for p in resnet.parameters()) == 11_173_962
@@ -386,9 +386,27 @@ class TestSteps:
             after_norm: list[type[nn.Module]] = [nn.ReLU, nn.modules.dropout._DropoutNd]
             for layer in after_norm:
                 assert not modules(case.build(fused), layer)
-            for layer in (nn.modules.batchnorm._BatchNorm, *after_norm):
-                assert not modules(case.build(without), layer)
+            without = steps.Step(case, "without", CPU).model
+            for layer in [*after_norm, nn.modules.batchnorm._BatchNorm]:
+                assert not modules(without, layer)
         assert len(steps.step_cases(quick=True)) == 1
+
+    def test_stand_in_gives_the_recorded_output_and_hands_gradients_through(self) -> None:
+        stand_in = steps.StandIn(contenders.EagerChain(nn.BatchNorm2d(3), nn.ReLU()))
+        x, residual = (torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(2))
+        expected = torch.relu(nn.BatchNorm2d(3)(x) + residual)
+        for _ in range(2):
+            x.grad = residual.grad = None
+            output = stand_in(x, residual)
+            torch.testing.assert_close(output, expected)
+            grad = torch.randn_like(output)
+            output.backward(grad)
+            assert x.grad is not None
+            assert residual.grad is not None
+            assert torch.equal(x.grad, grad)
+            assert torch.equal(residual.grad, grad)
+        assert list(stand_in.parameters()) == []
+        stand_in(x).sum().backward()
 
     def test_share_and_what_is_removed_of_it(self) -> None:
         outcomes = {"eager": Outcome([10.0, 10.0]), "without": Outcome([8.0, 8.0]), "fastlayers": Outcome([8.5, 9.5])}

@@ -25,6 +25,7 @@ def show(console: Console, record: Record) -> None:
         console.rule(Text(setting.title))
         for table in summary.tables(setting):
             console.print(_rich_table(table))
+            console.print()
     for line in summary.not_measured(record):
         console.print(Text(f"Not measured: {line}"))
     console.print(Text.assemble(("Red", "bold red"), " is a loss."))

@@ -173,8 +173,8 @@ def ratio_table(phase: str, rows: Sequence[Row], fused: str) -> Table:
         (*_ABOUT, "eager", "ours", "vs eager", "vs compile", "GB/s", "/copy", "out"),
         body,
         labels=len(_ABOUT),
-        note="eager, ours: median ms. Ratios: median (20 % to 80 % quantile). GB/s: the design's passes over the median time; /copy: over the "
-        "rate of a copy of one such tensor. out: outliers of eager/ours.",
+        note="eager, ours: median ms. Ratios: median (20 % to 80 % quantile). GB/s: the design's passes over the "
+        "median time; /copy: over the rate of a copy of one such tensor. out: outliers of eager/ours.",
     )
 
 
@@ -188,7 +188,7 @@ def time_table(phase: str, rows: Sequence[Row]) -> Table:
         (*_ABOUT, *headings, "outliers"),
         body,
         labels=len(_ABOUT),
-        note="fl: fastlayers. outliers: in the order of the columns.",
+        note="fl: fastlayers. outliers: by column.",
     )
 
 
@@ -245,8 +245,8 @@ def step_table(rows: Sequence[Row]) -> Table:
         ("model", *headings, "vs eager", "share", "removed", "outliers"),
         body,
         labels=1,
-        note="fl: fastlayers. without: torch's model without BatchNorm, activation and dropout. share: what these take "
-        "of eager's step. removed: which part of that fastlayers takes away. outliers: in the order of the columns.",
+        note="fl: fastlayers. without: torch's model without BatchNorm, add, activation and dropout. share: what these "
+        "take of eager's step. removed: which part of that fastlayers takes away. outliers: by column.",
     )
 
 
