@@ -632,6 +632,27 @@ class TestCommand:
             slower = "Slower: 2x16x8x8-contiguous-float32-p0-relu, eval, fastlayers-cpp" in result.output
             assert slower == (status == 1)
 
+    def test_fall_that_does_not_last_is_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "record.json"
+        assert self.measure("--json", path).exit_code == 0
+        made = record.load(path)
+        again: list[str] = []
+
+        def measure_again(options: object, names: list[str]) -> Record:
+            again.extend(names)
+            return made
+
+        row = dataclasses.replace(made.settings[0].rows[0])
+        row.outcomes["fastlayers-cpp"] = Outcome([1e-6 * sample for sample in row.outcomes["eager"].samples])
+        made.save(path)
+        made = record.load(path)
+        monkeypatch.setattr("fastlayers_benchmarks.command._measure_again", measure_again)
+        result = self.measure("--check", path)
+        assert result.exit_code == 0, result.output
+        assert again == ["2x16x8x8-contiguous-float32-p0-relu"]
+        assert "1 ratios seem to have fallen" in result.output
+        assert "0 fell by more" in result.output
+
     def test_check_with_another_machine(self, tmp_path: Path) -> None:
         make_record([make_row()]).save(tmp_path / "record.json")
         result = self.measure("--check", tmp_path / "record.json")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastlayers_benchmarks.contenders import EAGER
 from fastlayers_benchmarks.record import Record, RecordError, Row, Setting
@@ -26,6 +27,11 @@ class Fall:
     now: Quantiles
 
     @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What fell."""
+        return self.setting, self.case, self.phase, self.contender
+
+    @property
     def noise(self) -> float:
         """In units of the ratio."""
         return noise_of(self.before, self.now)
@@ -44,28 +50,46 @@ class Comparison:
     falls: list[Fall]
 
 
+def ensure_comparable(earlier: Record, machine: dict[str, Any], settings: Sequence[Setting]) -> None:
+    """Refuses a record that does not tell anything of `machine` and `settings`, whose rows do not matter.
+
+    Raises:
+        RecordError: the record is of another machine, or lacks a setting (device, threads, allocator).
+    """
+    if earlier.machine != machine:
+        names = [n for n in earlier.machine | machine if earlier.machine.get(n) != machine.get(n)]
+        differences = ", ".join(f"{n}: {earlier.machine.get(n)} then, {machine.get(n)} now" for n in names)
+        raise RecordError(f"the earlier record is of another machine ({differences})")
+    known = {setting.key for setting in earlier.settings}
+    missing = [setting.title for setting in settings if setting.key not in known]
+    if missing:
+        found = "; ".join(setting.title for setting in earlier.settings)
+        raise RecordError(f"the earlier record was not made with: {'; '.join(missing)}. It has: {found}")
+
+
 def compare(earlier: Record, later: Record) -> Comparison:
     """Compares what both records have measured.
 
     Raises:
-        RecordError: they are of different machines, or have no setting (device, threads, allocator) or no measurement
-            in common.
+        RecordError: see `ensure_comparable`; also where both have no measurement in common.
     """
-    if earlier.machine != later.machine:
-        names = [n for n in earlier.machine | later.machine if earlier.machine.get(n) != later.machine.get(n)]
-        differences = ", ".join(f"{n}: {earlier.machine.get(n)} then, {later.machine.get(n)} now" for n in names)
-        raise RecordError(f"the earlier record is of another machine ({differences})")
+    ensure_comparable(earlier, later.machine, later.settings)
     settings = {setting.key: setting for setting in earlier.settings}
-    missing = [setting.title for setting in later.settings if setting.key not in settings]
-    if missing:
-        known = "; ".join(setting.title for setting in earlier.settings)
-        raise RecordError(f"the earlier record was not made with: {'; '.join(missing)}. It has: {known}")
     pairs = [pair for setting in later.settings for pair in _pairs(settings[setting.key], setting)]
     if not pairs:
         raise RecordError("the earlier record has none of the cases, phases and contenders of this run")
     # Not `>=`: with no spread at all, equal ratios are no fall.
     falls = [pair for pair in pairs if pair.before.median - pair.now.median > pair.noise]
     return Comparison(len(pairs), falls)
+
+
+def lasting(falls: Sequence[Fall], again: Sequence[Fall]) -> list[Fall]:
+    """Those of `falls` that another measurement, `again`, has too.
+
+    Two processes differ by more than the rounds of one, by where memory happens to lie for example.
+    """
+    found = {fall.key for fall in again}
+    return [fall for fall in falls if fall.key in found]
 
 
 def _pairs(before: Setting, now: Setting) -> Iterator[Fall]:

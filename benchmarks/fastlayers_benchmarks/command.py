@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from fastlayers.cli import needs_extra
 from fastlayers_benchmarks import cases
 from fastlayers_benchmarks.machine import (
     ALLOCATORS,
+    OTHER,
     current_allocator,
     describe_machine,
     describe_versions,
@@ -27,9 +30,8 @@ from fastlayers_benchmarks.machine import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastlayers_benchmarks.check import Comparison
     from fastlayers_benchmarks.contenders import Contender
-    from fastlayers_benchmarks.record import Record, Row
+    from fastlayers_benchmarks.record import Record, Row, Setting
     from fastlayers_benchmarks.steps import StepCase
 
 WIDTH = 120
@@ -90,7 +92,10 @@ def bench(
     try:
         # Read before hours are spent on what it is compared with.
         earlier = None if check is None else recording.load(check)
-        record = _measure(_Options(**options), Console(stderr=True))
+        chosen = _Options(**options)
+        if earlier is not None:
+            checking.ensure_comparable(earlier, describe_machine(chosen.device), chosen.empty_settings())
+        record = _measure(chosen, Console(stderr=True))
         # Saved first: it took the time.
         if json_path is not None:
             record.save(json_path)
@@ -98,13 +103,11 @@ def bench(
         pictures = [] if plots is None else drawing.save(record, plots)
         if markdown is not None:
             report.save_markdown(record, markdown, pictures)
-        comparison = None if earlier is None else checking.compare(earlier, record)
+        fell = earlier is not None and _report_falls(earlier, record, chosen)
     except recording.RecordError as error:
         raise click.ClickException(str(error)) from error
-    if comparison is not None:
-        _report_comparison(comparison)
-        if comparison.falls:
-            ctx.exit(1)
+    if fell:
+        ctx.exit(1)
 
 
 def _console() -> Console:
@@ -115,14 +118,23 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=WIDTH)
 
 
-def _report_comparison(comparison: Comparison) -> None:
-    for fall in comparison.falls:
+def _report_falls(earlier: Record, record: Record, options: _Options) -> bool:
+    """Says which ratios fell; whether some did. What seems to have fallen is measured once more to be sure."""
+    from fastlayers_benchmarks.check import compare, lasting
+
+    comparison = compare(earlier, record)
+    falls = comparison.falls
+    if falls:
+        click.echo(f"{len(falls)} ratios seem to have fallen: these cases are measured again.")
+        falls = lasting(falls, compare(earlier, _measure_again(options, [fall.case for fall in falls])).falls)
+    for fall in falls:
         click.secho(
             f"Slower: {fall.case}, {fall.phase}, {fall.contender} ({fall.setting}): {fall.before.median:.2f} times as "
             f"fast as eager before, {fall.now.median:.2f} now; noise {fall.noise:.2f}",
             fg="red",
         )
-    click.echo(f"Compared: {comparison.compared} ratios to eager; {len(comparison.falls)} fell by more than the noise.")
+    click.echo(f"Compared: {comparison.compared} ratios to eager; {len(falls)} fell by more than the noise.")
+    return bool(falls)
 
 
 class _Options:
@@ -156,8 +168,22 @@ class _Options:
         self.settings = [
             (threads_, allocator)
             for threads_ in threads or [torch.get_num_threads()]
-            for allocator in allocators or [current_allocator() or "other"]
+            for allocator in allocators or [_own_allocator()]
         ]
+
+    def empty_settings(self) -> list[Setting]:
+        """The settings, without results."""
+        from fastlayers_benchmarks.contenders import fused_contender
+        from fastlayers_benchmarks.record import Setting
+
+        fused = fused_contender(self.device)
+        return [Setting(str(self.device), threads, allocator, fused, []) for threads, allocator in self.settings]
+
+    def with_only(self, names: Iterable[str]) -> _Options:
+        """The same for the cases of these names."""
+        narrowed = copy.copy(self)
+        narrowed.only = re.compile(f"^({'|'.join(map(re.escape, dict.fromkeys(names)))})$")
+        return narrowed
 
     def as_facts(self) -> dict[str, Any]:
         """For the record."""
@@ -166,6 +192,7 @@ class _Options:
             "rounds": self.rounds,
             "only": self.only.pattern or "all cases",
             "contenders": " ".join(self.names) or "all",
+            "phases": " ".join(self.phases),
         }
 
     def as_arguments(self) -> list[str]:
@@ -184,25 +211,29 @@ class _Options:
 
 
 def _measure(options: _Options, console: Console) -> Record:
-    if len(options.settings) == 1 and options.settings[0][1] == (current_allocator() or "other"):
+    if len(options.settings) == 1 and options.settings[0][1] == _own_allocator():
         return _measure_here(options, console)
-    record: Record | None = None
-    for threads, allocator in options.settings:
-        console.print(f"threads: {threads}, allocator: {allocator}", highlight=False)
-        part = _measure_elsewhere(options, threads, allocator)
-        record = part if record is None else record.with_settings_of(part)
-    assert record is not None
-    return record
+    return _measure_elsewhere(options)
 
 
-def _measure_elsewhere(options: _Options, threads: int, allocator: str) -> Record:
-    """One setting in a process of its own: what it needs of the environment is read when a process starts."""
+def _measure_again(options: _Options, names: Iterable[str]) -> Record:
+    """The named cases, in processes other than this one."""
+    return _measure_elsewhere(options.with_only(names))
+
+
+def _measure_elsewhere(options: _Options) -> Record:
+    """Each setting in a process of its own: what it needs of the environment is read when a process starts."""
+    records = [_measure_setting(options, *setting) for setting in options.settings]
+    return dataclasses.replace(records[0], settings=[setting for record in records for setting in record.settings])
+
+
+def _measure_setting(options: _Options, threads: int, allocator: str) -> Record:
     from fastlayers_benchmarks.record import load
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "record.json")
-        setting = [f"--threads={threads}", f"--allocator={allocator}", f"--json={path}"]
-        command = [sys.executable, "-m", "fastlayers", "bench", *options.as_arguments(), *setting]
+        command = [sys.executable, "-m", "fastlayers", "bench", *options.as_arguments()]
+        command += [f"--threads={threads}", f"--json={path}"]
         # The parent reports; what the child has to say while it works goes to standard error.
         done = subprocess.run(command, env=environment_for(allocator), stdout=subprocess.DEVNULL)
         if done.returncode != 0:
@@ -210,21 +241,26 @@ def _measure_elsewhere(options: _Options, threads: int, allocator: str) -> Recor
         return load(path)
 
 
+def _own_allocator() -> str:
+    return current_allocator() or OTHER
+
+
 def _measure_here(options: _Options, console: Console) -> Record:
     from fastlayers_benchmarks import contenders, record
 
-    ((threads, allocator),) = options.settings
+    ((threads, _),) = options.settings
     torch.set_num_threads(threads)
+    (setting,) = options.empty_settings()
+    console.print(setting.title, highlight=False)
     rows = _rows(options, console)
     if not rows:
         raise click.ClickException(f"--only {options.only.pattern!r}: no case of the {options.grid} grid matches")
-    setting = record.Setting(str(options.device), threads, allocator, contenders.fused_contender(options.device), rows)
     return record.Record(
         describe_machine(options.device),
         describe_versions(),
         options.as_facts(),
         contenders.why_not(options.device),
-        [setting],
+        [dataclasses.replace(setting, rows=rows)],
     )
 
 

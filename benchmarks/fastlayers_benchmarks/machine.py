@@ -24,6 +24,7 @@ ALLOCATORS = {
     "keep": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000",
 }
 ALLOCATOR_VARIABLE = "GLIBC_TUNABLES"
+OTHER = "other"  # neither of them
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def current_allocator() -> str | None:
 
 
 def environment_for(allocator: str) -> dict[str, str]:
-    """The environment for a process with that allocator."""
+    """The environment for a process with that allocator; for OTHER, as it is."""
+    if allocator == OTHER:
+        return dict(os.environ)
     environment = {name: value for name, value in os.environ.items() if name != ALLOCATOR_VARIABLE}
     setting = ALLOCATORS[allocator]
     return environment if setting is None else environment | {ALLOCATOR_VARIABLE: setting}

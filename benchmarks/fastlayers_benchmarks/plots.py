@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from fastlayers_benchmarks import steps
 from fastlayers_benchmarks.cases import PHASES
-from fastlayers_benchmarks.contenders import COMPILE, EAGER
+from fastlayers_benchmarks.contenders import COMPILE, EAGER, FUSED_COMPILED
 from fastlayers_benchmarks.record import STEP, Record, Row, Setting
 from fastlayers_benchmarks.summary import milliseconds
 
@@ -20,6 +20,13 @@ LOSS = "#d62728"
 COLOURS = {EAGER: "#1f4e79", COMPILE: "#e08e0b"}
 DTYPE_MARKERS = {"float32": "o", "bfloat16": "^"}
 LAYOUT_COLOURS = {"contiguous": "#1f4e79", "channels_last": "#2a9d8f"}
+STEP_COLOURS = {
+    EAGER: COLOURS[EAGER],
+    COMPILE: COLOURS[COMPILE],
+    steps.FUSED: "#2a9d8f",
+    FUSED_COMPILED: "#6a4c93",
+    steps.WITHOUT: "#8a8a8a",
+}
 
 Draw = Callable[[Setting, Sequence[Row]], Figure | None]
 
@@ -132,7 +139,7 @@ def _draw_steps(setting: Setting, rows: Sequence[Row]) -> Figure | None:
             if ratio is None:
                 continue
             lost = ratio.median > 1 and name not in (EAGER, COMPILE)
-            colour = LOSS if lost else f"C{number}" if number < 3 else f"C{number + 1}"
+            colour = LOSS if lost else STEP_COLOURS[name]
             middle = place + (number - (len(names) - 1) / 2) * width
             spread = [[ratio.median - ratio.q20], [ratio.q80 - ratio.median]]
             axes.bar(middle, ratio.median, 0.92 * width, color=colour, yerr=spread, error_kw={"linewidth": 1})

@@ -100,7 +100,7 @@ class Setting:
     """What was measured by one process.
 
     Attributes:
-        allocator: a name of `machine.ALLOCATORS`, or "other".
+        allocator: a name of `machine.ALLOCATORS`, or `machine.OTHER`.
         fastlayers: the contender that is this library's choice on the device.
     """
 
@@ -143,10 +143,6 @@ class Record:
                     row["outcomes"][name] = _with_summary(outcome)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n")
-
-    def with_settings_of(self, other: Record) -> Record:
-        """This record with the settings of both."""
-        return dataclasses.replace(self, settings=[*self.settings, *other.settings])
 
 
 def _with_summary(outcome: dict[str, Any]) -> dict[str, Any]:
