@@ -335,10 +335,13 @@ class TestLayers:
             def forward(self, input: Tensor) -> Tensor:
                 raise RuntimeError("no kernel")
 
+        def cannot_be_built(case: Case) -> nn.Module:
+            raise ImportError("not here")
+
+        failing = [contenders.Contender("a", lambda case: Fails()), contenders.Contender("b", cannot_be_built)]
         eager = contenders.contenders(CPU)[0]
-        failing = contenders.Contender("failing", lambda case: Fails())
-        (row,) = layers.measure_case(Case((4, 6)), [eager, failing], ["eval"], 1, CPU)
-        assert row.failures == {"failing": "RuntimeError: no kernel"}
+        (row,) = layers.measure_case(Case((4, 6)), [*failing, eager], ["eval"], 1, CPU)
+        assert row.failures == {"a": "RuntimeError: no kernel", "b": "ImportError: not here"}
         assert list(row.outcomes) == ["eager"]
 
 
@@ -650,7 +653,7 @@ class TestCommand:
         result = self.measure("--check", path)
         assert result.exit_code == 0, result.output
         assert again == ["2x16x8x8-contiguous-float32-p0-relu"]
-        assert "1 ratios seem to have fallen" in result.output
+        assert "seem to have fallen: 1." in result.output
         assert "0 fell by more" in result.output
 
     def test_check_with_another_machine(self, tmp_path: Path) -> None:

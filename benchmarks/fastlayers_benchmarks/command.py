@@ -125,7 +125,7 @@ def _report_falls(earlier: Record, record: Record, options: _Options) -> bool:
     comparison = compare(earlier, record)
     falls = comparison.falls
     if falls:
-        click.echo(f"{len(falls)} ratios seem to have fallen: these cases are measured again.")
+        click.echo(f"Ratios that seem to have fallen: {len(falls)}. Their cases are measured again.")
         falls = lasting(falls, compare(earlier, _measure_again(options, [fall.case for fall in falls])).falls)
     for fall in falls:
         click.secho(

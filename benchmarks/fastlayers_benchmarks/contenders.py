@@ -65,9 +65,10 @@ def fused_layer(case: Case) -> nn.Module:
 def _timm_layer(case: Case) -> nn.Module:
     from timm.layers import BatchNormAct2d
 
+    # By name: timm gives its activations `inplace`, which nn.GELU does not take.
     v = case.variant
     drop = partial(nn.Dropout2d, p=v.drop_p) if v.drop_p else None
-    layer: nn.Module = BatchNormAct2d(case.shape[1], act_layer=_ACT_LAYERS[v.act], drop_layer=drop)
+    layer: nn.Module = BatchNormAct2d(case.shape[1], act_layer=v.act, drop_layer=drop)
     return layer
 
 

@@ -87,8 +87,7 @@ def measure_case(
     # Compiled afresh: what was compiled for another shape would make this one dynamic, and slower.
     torch._dynamo.reset()
     inputs = make_inputs(case, device)
-    entrants = {c.name: Entrant(c, c.layer(case, device)) for c in contenders if c.can(case)}
-    failures = _drop_failing(entrants, inputs, phases)
+    entrants, failures = _try_out([c for c in contenders if c.can(case)], case, inputs, phases)
     copy = traffic.copy_run(case, device)
     timed = {phase: _time(entrants, copy, phase, inputs, rounds, device) for phase in phases}
     peaks = {phase: _peaks(entrants, phase, inputs, device) for phase in phases}
@@ -117,22 +116,26 @@ def measure_case(
     ]
 
 
-def _drop_failing(entrants: dict[str, Entrant], inputs: Inputs, phases: Sequence[Phase]) -> dict[str, str]:
-    """Removes those that raise, and returns what they said. Eager has to work."""
+def _try_out(
+    contenders: Sequence[Contender], case: Case, inputs: Inputs, phases: Sequence[Phase]
+) -> tuple[dict[str, Entrant], dict[str, str]]:
+    """Those that can be built and called, and what the others said. Eager has to work."""
+    entrants: dict[str, Entrant] = {}
     failures: dict[str, str] = {}
-    for name, entrant in list(entrants.items()):
+    for contender in contenders:
         try:
-            for phase in phases:
-                run = entrant.run(phase, inputs)
+            entrant = Entrant(contender, contender.layer(case, inputs.input.device))
+            for run in (entrant.run(phase, inputs) for phase in phases):
                 with run.active():
                     run.call()
                     run.reset()
         except Exception as error:
-            if name == EAGER:
+            if contender.name == EAGER:
                 raise
-            failures[name] = f"{type(error).__name__}: {error}"
-            del entrants[name]
-    return failures
+            failures[contender.name] = f"{type(error).__name__}: {error}"
+        else:
+            entrants[contender.name] = entrant
+    return entrants, failures
 
 
 def _time(

@@ -234,6 +234,10 @@ class Step:
         self.loss().backward()
         self._optimizer.step()
 
+    def forget_gradients(self) -> None:
+        """Frees what a step leaves, so that the next one's memory is counted from nothing."""
+        self._optimizer.zero_grad()
+
     def saved_bytes(self) -> int:
         """What a forward pass keeps for backward, besides the parameters."""
         return bytes_saved_by(self.loss, self._parameters)
@@ -243,10 +247,11 @@ def measure_step(case: StepCase, contenders: Sequence[str], rounds: int, device:
     """The row of one model, for `contenders`, names of CONTENDERS."""
     torch._dynamo.reset()
     steps = {name: Step(case, name, device) for name in contenders}
-    runs = {name: Run(step.run) for name, step in steps.items()}
-    samples = measure(runs, rounds, device)
+    # Not Run.reset: a training step frees its predecessor's gradients, and that is timed.
+    samples = measure({name: Run(step.run) for name, step in steps.items()}, rounds, device)
     outcomes = {
-        name: Outcome(samples[name], peak_bytes(runs[name], device), steps[name].saved_bytes()) for name in steps
+        name: Outcome(samples[name], peak_bytes(Run(step.run, step.forget_gradients), device), step.saved_bytes())
+        for name, step in steps.items()
     }
     return Row(case.name, {"model": case.model, "layout": case.layout, "batch": case.shape[0]}, STEP, outcomes)
 
