@@ -265,11 +265,10 @@ def heading(record: Record) -> list[str]:
 
 def not_measured(record: Record) -> list[str]:
     """Contenders that are missing, and those that failed, with the reason."""
-    lines = [f"{name}: {why}" for name, why in record.absent.items()]
-    failed = {
-        f"{row.case}: {name} failed: {why.splitlines()[0]}": None
-        for setting in record.settings
-        for row in setting.rows
-        for name, why in row.failures.items()
-    }
-    return lines + list(failed)
+    failed: dict[str, list[str]] = defaultdict(list)
+    for setting in record.settings:
+        for row in setting.rows:
+            for name, why in row.failures.items():
+                failed[f"{name} failed: {why.splitlines()[0]}"].append(row.case)
+    absent = [f"{name}: {why}" for name, why in record.absent.items()]
+    return absent + [f"{why} (cases: {len(set(found))}, such as {found[0]})" for why, found in failed.items()]
