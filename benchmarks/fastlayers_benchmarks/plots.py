@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from fastlayers_benchmarks import steps
 from fastlayers_benchmarks.cases import PHASES
@@ -120,8 +121,10 @@ def _draw_roofline(setting: Setting, rows: Sequence[Row]) -> Figure | None:
         axes.plot([], [], marker, color="grey", label=dtype)
     axes.plot([], [], "s", color=LOSS, label="slower than eager")
     axes.set(xlabel="one tensor, MiB", ylabel="GB/s by the design's passes", xscale="log", yscale="log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_major_formatter("{x:g}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        # Numbers between the powers of ten, plain, where an axis is short.
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
     _tidy(axes)
     axes.legend(frameon=False, fontsize="small")
     return figure
