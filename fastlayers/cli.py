@@ -12,6 +12,7 @@ import fastlayers
 
 # What these modules import at their top must need nothing beyond fastlayers' own dependencies.
 COMMANDS = {
+    "bench": "fastlayers_benchmarks.command:bench",
     "info": "fastlayers.info:info",
     "quickstart": "fastlayers.experiments.command:quickstart",
 }

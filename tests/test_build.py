@@ -268,7 +268,7 @@ class TestWhatWasBuilt:
         assert status == 0, output
         with tarfile.open(next(tmp_path.glob("fastlayers-*.tar.gz"))) as archive:
             packed = {name.partition("/")[2] for name in archive.getnames()}
-        folders = ("build_backend", "cmake", "csrc", "fastlayers", "tests")
+        folders = ("benchmarks", "build_backend", "cmake", "csrc", "fastlayers", "tests")
         made = ("_C.abi3.so", "build_info.json")
         files = {str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob("*.*") if p.is_file()}
         missing = {f for f in files - packed if "__pycache__" not in f and not f.endswith(made)}
