@@ -36,6 +36,12 @@ def set_cpu_capability(name: str) -> None:
     _ops.set_cpu_capability(name)
 
 
+def set_last_level_cache_bytes(size: int) -> int:
+    """Changes the size of cache beyond which results are written past it, for tests. Returns the one in force before."""
+    before: int = _ops.set_last_level_cache_bytes(size)
+    return before
+
+
 def build_info() -> dict[str, Any]:
     """What was compiled, how, and against which torch."""
     return _library.build_info()
@@ -54,7 +60,7 @@ def _mask_bytes(dense: Tensor) -> int:
     if spatial == 1 or (channels > 1 and dense.stride(1) == 1):
         positions = 16 if channels < 32 and spatial % 16 == 0 else 1
         runs, length = batch * spatial // positions, channels * positions
-    elif spatial <= 64:
+    elif spatial <= 128 and batch >= 8:
         runs, length = batch, channels * spatial
     else:
         runs, length = batch * channels, spatial

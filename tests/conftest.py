@@ -50,6 +50,14 @@ def capability(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def results_written_past_the_caches() -> Iterator[None]:
+    """As those are that the caches cannot hold, whatever their size."""
+    before = fl.ops.set_last_level_cache_bytes(0)
+    yield
+    fl.ops.set_last_level_cache_bytes(before)
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """For many tensors of moderate size, where threads wait for each other longer than they work.
 

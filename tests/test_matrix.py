@@ -25,7 +25,10 @@ SHAPES = [
     (6, 1, 9),  # one channel
     (3, 100, 17),
     (4, 3, 5, 7),  # odd planes
-    (8, 64, 8, 8),
+    (8, 64, 8, 8),  # small planes, all of a sample in one run
+    (9, 21, 5, 7),  # the same, odd
+    (8, 40, 11, 11),  # in several blocks
+    (3, 7, 4, 8),  # sixteen narrow rows in one run
     (3, 5, 1, 1),  # planes of one value, which are rows
     (2, 2048, 3, 2),
     (2, 5, 3, 4, 5),
@@ -38,6 +41,8 @@ LARGE_SHAPES = [
     (1, 2, 33001),  # spans within one plane
     (2, 3, 129, 131),  # spans that end inside a plane
     (65, 1, 23, 1, 23),  # spans of several planes, one channel
+    (200, 20, 7, 7),  # tiles of runs of small planes
+    (9, 3, 128, 130),  # tiles of runs of narrow rows
 ]
 _DTYPES = [(f32, f32), (f64, f64), (bf16, f32), (bf16, bf16), (f16, f32), (f16, f16)]
 # Attributes of a case that are one choice.
@@ -93,4 +98,21 @@ def test_every_pair_of_choices(case: Case, device: torch.device, capability: str
     ids=str,
 )
 def test_channels_that_are_split(case: Case, device: torch.device, capability: str) -> None:
+    check(case, device)
+
+
+@pytest.mark.parametrize(
+    "case",
+    _cases(
+        # Runs whose vectors are aligned, and some that are not.
+        shape=[(16, 64), (3, 32, 16, 16), (9, 20, 7, 7), (8, 64, 8, 8), (2, 3, 129, 131), (5, 17, 3, 16, 4)],
+        act=["identity", "relu", "gelu"],
+        dtypes=_DTYPES,
+        layout=["contiguous", "channels_last", "some_channels"],
+        residual=[None, "contiguous"],
+    ),
+    ids=str,
+)
+@pytest.mark.usefixtures("results_written_past_the_caches")
+def test_results_beyond_the_caches(case: Case, device: torch.device, capability: str) -> None:
     check(case, device)

@@ -102,7 +102,7 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
                   "running_mean and running_var must be defined in evaluation mode");
   if (residual) check_full_size("residual", *residual, input);
 
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = empty_output(input);
   const Geometry g = geometry_of(output);
   Tensor mean = empty_vector(input, channels, ScalarType::Double);
   Tensor invstd = empty_vector(input, channels, ScalarType::Double);
@@ -164,11 +164,11 @@ FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor 
   }
 
   // Its strides decide the layout even where the gradient itself is not wanted.
-  Tensor grad_input = torch::stable::empty_like(input);
+  Tensor grad_input = empty_output(input);
   const Geometry g = geometry_of(grad_input);
   check_flat_bits(g, flat_bits);
   const auto none = [&] { return empty_vector(input, 0, input.scalar_type()); };
-  Tensor grad_residual = residual_grad ? torch::stable::empty_like(input) : none();
+  Tensor grad_residual = residual_grad ? empty_output(input) : none();
   std::vector<double> grad_weight(affine_grad ? static_cast<std::size_t>(channels) : 0), grad_bias(grad_weight);
   if (input.numel() > 0) {
     BackwardArgs args;

@@ -18,7 +18,7 @@ DropoutArgs dropout_args(const Geometry& g, const Tensor& mask, double scale) {
 Tensor dropout_elements(const Tensor& input, const Tensor& mask, double scale) {
   DropoutArgs args = dropout_args(flat_geometry(input), mask, scale);
   const Tensor source = dense(input);
-  Tensor output = torch::stable::empty_like(source);
+  Tensor output = empty_output(source);
   args.input.data = source.const_data_ptr();
   args.output.data = output.mutable_data_ptr();
   kernels(storage_dtype(input)).dropout(args);
@@ -27,7 +27,7 @@ Tensor dropout_elements(const Tensor& input, const Tensor& mask, double scale) {
 
 Tensor dropout_channels(const Tensor& input, const Tensor& mask, double scale) {
   STD_TORCH_CHECK(input.dim() >= 2, "input should have at least 2 dimensions (N, C, ...), not ", input.dim());
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = empty_output(input);
   const Geometry g = geometry_of(output);
   DropoutArgs args = dropout_args(g, mask, scale);
   const View source = as_source(g, input);

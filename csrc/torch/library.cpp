@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "../kernels/cpu/kernels.h"
 #include "batch_norm_act.h"
 #include "dropout.h"
 
@@ -45,6 +46,7 @@ STABLE_TORCH_LIBRARY(fastlayers, m) {
   m.def("unpack_mask(Tensor bits, Tensor like, bool flat) -> Tensor");
   m.def("cpu_capability() -> str");
   m.def("set_cpu_capability(str name) -> ()");
+  m.def("set_last_level_cache_bytes(int bytes) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlayers, CPU, m) {
@@ -58,4 +60,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastlayers, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastlayers, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&fastlayers::cpu_capability));
   m.impl("set_cpu_capability", TORCH_BOX(&fastlayers::set_cpu_capability));
+  m.impl("set_last_level_cache_bytes", TORCH_BOX(&fastlayers::set_last_level_cache_bytes));
 }

@@ -3,6 +3,10 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <utility>
 
@@ -134,6 +138,20 @@ Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& stride
 
 Tensor empty_vector(const Tensor& like, std::int64_t size, ScalarType dtype) {
   return empty_strided(like, {size}, {1}, dtype);
+}
+
+Tensor empty_output(const Tensor& like) {
+  Tensor output = torch::stable::empty_like(like);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // Memory fresh from the system is paid for page by page at the first write, which costs a large result several times
+  // what computing it does. Huge pages make it a fraction. Only advice: where they are off nothing changes.
+  constexpr std::uintptr_t kPage = 4096, kWorthwhile = 4 << 20;
+  const auto begin = reinterpret_cast<std::uintptr_t>(output.const_data_ptr());
+  const std::uintptr_t end = begin + static_cast<std::uintptr_t>(output.numel()) * output.element_size();
+  const std::uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  if (end - begin >= kWorthwhile) madvise(reinterpret_cast<void*>(first), end / kPage * kPage - first, MADV_HUGEPAGE);
+#endif
+  return output;
 }
 
 Geometry geometry_of(const Tensor& dense) {

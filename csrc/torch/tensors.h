@@ -31,6 +31,9 @@ Tensor empty_strided(const Tensor& like, const std::vector<std::int64_t>& sizes,
                      const std::vector<std::int64_t>& strides, ScalarType dtype);
 Tensor empty_vector(const Tensor& like, std::int64_t size, ScalarType dtype);
 
+// torch.empty_like for a result of a kernel: where it is large, in huge pages if the system has them.
+Tensor empty_output(const Tensor& like);
+
 // A full-size tensor in a layout that kernels take, and its strides in that layout.
 struct View {
   Tensor tensor;

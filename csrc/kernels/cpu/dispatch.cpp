@@ -1,6 +1,4 @@
 // Chooses, at run time, among the kernels that were compiled for several instruction sets.
-#include <unistd.h>
-
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -108,16 +106,6 @@ const Kernels& kernels(Dtype dtype) {
     default: return *baseline[index];
   }
 #undef FASTLAYERS_TABLE
-}
-
-std::int64_t last_level_cache_bytes() {
-  constexpr std::int64_t kGuess = 32 << 20;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  static const std::int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  return bytes > 0 ? bytes : kGuess;
-#else
-  return kGuess;
-#endif
 }
 
 }  // namespace fastlayers
