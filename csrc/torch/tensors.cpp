@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
+#include <array>
 #include <utility>
 
 namespace fastlayers {
@@ -81,6 +82,8 @@ Tensor copy_in_order(const Geometry& g, const Tensor& t) {
   return copy;
 }
 
+}  // namespace
+
 bool is_in_order(const Geometry& g, const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   const Sizes expected = strides_in_order(g, t);
@@ -102,8 +105,6 @@ bool is_dense(const Tensor& t) {
   }
   return true;
 }
-
-}  // namespace
 
 Dtype storage_dtype(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -131,6 +132,15 @@ Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& stride
 
 Tensor empty_vector(const Tensor& like, std::int64_t size, ScalarType dtype) {
   return empty_strided(like, {size}, {1}, dtype);
+}
+
+Tensor empty_like(const Tensor& like, ScalarType dtype) {
+  using torch::stable::detail::from;
+  // torch::stable::empty_like takes no dtype.
+  std::array<StableIValue, 6> stack{from(like),         from(std::optional(dtype)), from(std::nullopt),
+                                    from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Geometry geometry_of(const Tensor& dense) {

@@ -18,8 +18,10 @@ struct Geometry {
   std::int64_t batch = 0, channels = 0, spatial = 0;
 
   std::int64_t row_count() const { return batch * spatial; }
+  std::int64_t element_count() const { return batch * channels * spatial; }
   // A bit mask starts each plane or row at a byte of its own, so that no two threads write one byte.
-  std::int64_t mask_stride() const { return ((rows ? channels : spatial) + 7) / 8; }
+  std::int64_t mask_run() const { return rows ? channels : spatial; }
+  std::int64_t mask_stride() const { return (mask_run() + 7) / 8; }
   std::int64_t mask_bytes() const { return (rows ? row_count() : batch * channels) * mask_stride(); }
 };
 

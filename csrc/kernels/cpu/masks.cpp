@@ -9,7 +9,7 @@ namespace {
 // Calls f(byte, first, count) for each byte of the packed mask: it stands for `count` elements from `first` on.
 template <class F>
 void for_each_mask_byte(const Geometry& g, ParallelFor parallel_for, const F& f) {
-  const std::int64_t length = g.rows ? g.channels : g.spatial, stride = g.mask_stride();
+  const std::int64_t length = g.mask_run(), stride = g.mask_stride();
   const std::int64_t runs = stride ? g.mask_bytes() / stride : 0;
   // One long run is shared out too, in parts of whole bytes.
   constexpr std::int64_t kBytesEach = 1024;
