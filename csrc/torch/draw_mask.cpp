@@ -32,7 +32,7 @@ void check_state(const Tensor& state) {
 // A state's generator, and the state once numbers were drawn from it.
 class Generator {
  public:
-  explicit Generator(const Tensor& state) : state_(torch::stable::empty_like(state)) {
+  explicit Generator(const Tensor& state) : state_(empty_vector(state, kStateBytes, ScalarType::Byte)) {
     std::memcpy(state_.mutable_data_ptr(), state.const_data_ptr(), kStateBytes);
     const EngineState& engine = *engine_state();
     // A block is due where nothing is left; only after seeding does `next` say otherwise.
