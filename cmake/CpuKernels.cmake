@@ -1,4 +1,5 @@
-# The CPU kernels: one source, compiled once per instruction set and storage type.
+# The CPU kernels: isa_kernels.cpp, compiled once per instruction set and storage type, and isa_random.cpp, once per
+# instruction set.
 
 if(NOT FASTLAYERS_ISAS)
   set(FASTLAYERS_ISAS baseline)
@@ -29,7 +30,7 @@ set(kernel_flags
 function(fastlayers_add_cpu_kernels target)
   set(folder "${PROJECT_SOURCE_DIR}/csrc/kernels/cpu")
   file(GLOB common_sources CONFIGURE_DEPENDS "${folder}/*.cpp")
-  list(REMOVE_ITEM common_sources "${folder}/isa_kernels.cpp")
+  list(FILTER common_sources EXCLUDE REGEX "/isa_[^/]*$")
   add_library(${target} STATIC ${common_sources})
   target_compile_options(${target} PRIVATE ${FASTLAYERS_WARNINGS})
   foreach(isa IN LISTS ARGN)
@@ -42,6 +43,11 @@ function(fastlayers_add_cpu_kernels target)
       target_compile_options(${object} PRIVATE ${kernel_flags} ${isa_flags_${isa}})
       target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)
     endforeach()
+    set(object ${target}_${isa}_random)
+    add_library(${object} OBJECT "${folder}/isa_random.cpp")
+    target_compile_definitions(${object} PRIVATE FASTLAYERS_ISA=${isa})
+    target_compile_options(${object} PRIVATE ${kernel_flags} ${isa_flags_${isa}})
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)
   endforeach()
 endfunction()
 

@@ -57,9 +57,7 @@ def batch_norm_act(
     activation: Activation,
     drop_p: float,
 ) -> Tensor:
-    """The fused operator. `mask` is bool, (N, C) or of the shape of `input`."""
-    if mask is not None and mask.shape == input.shape:
-        mask = ops.pack_mask(mask, False)
+    """The fused operator. `mask` is one of `masks.draw_for_kernels`."""
     call = _Call(training, momentum, eps, activation, drop_p)
     tensors = (input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4]):
@@ -172,9 +170,7 @@ def _differentiable_gradients(grad_output: Tensor, saved: _Saved, call: _Call) -
 
 
 def dropout(input: Tensor, mask: Tensor, p: float) -> Tensor:
-    """`input` times `mask` / (1 - p), zero where the mask is. `mask` is bool, (N, C) or of the shape of `input`."""
-    if mask.shape == input.shape:
-        mask = ops.pack_mask(mask, True)
+    """`input` times `mask` / (1 - p), zero where the mask is. `mask` is one of `masks.draw_for_kernels`, flat."""
     if torch.is_grad_enabled() and input.requires_grad:
         output: Tensor = _Dropout.apply(input, mask, masks.scale(p))
     else:

@@ -71,9 +71,12 @@ def batch_norm_act(
             residual=residual, num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
         return _drop(activation.random(z), drop_p, drop_mode, training)
-    run = reference.batch_norm_act_masked if backends.uses_reference(input) else autograd.batch_norm_act
+    if backends.uses_reference(input):
+        run, draw = reference.batch_norm_act_masked, masks.draw
+    else:
+        run, draw = autograd.batch_norm_act, masks.draw_for_kernels
     return run(
-        input, weight, bias, residual, masks.draw(input, drop_p, drop_mode, training),
+        input, weight, bias, residual, draw(input, drop_p, drop_mode, training),
         running_mean, running_var, num_batches_tracked,
         training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p,
     )  # fmt: skip
@@ -148,7 +151,7 @@ def _dropout(
 def _drop(input: Tensor, p: float, mode: str, training: bool) -> Tensor:
     if training and p > 0:
         checks.dropout_input(input)
-    mask = masks.draw(input, p, mode, training)
-    if mask is None:
-        return input
-    return (reference.apply_mask if backends.uses_reference(input) else autograd.dropout)(input, mask, p)
+    if backends.uses_reference(input):
+        return reference.apply_mask(input, masks.draw(input, p, mode, training), p)
+    mask = masks.draw_for_kernels(input, p, mode, training, flat=True)
+    return input if mask is None else autograd.dropout(input, mask, p)

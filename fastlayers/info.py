@@ -52,10 +52,17 @@ def _run_time() -> dict[str, str]:
     reason = f"FASTLAYERS_CPU_CAPABILITY={lowered}" if lowered else "the best of this CPU and build"
     return {
         "instruction set": f"{fl.ops.cpu_capability()} ({reason})",
+        "dropout masks": _mask_drawing(),
         "threads": str(torch.get_num_threads()),
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "backend": fl.get_backend(),
     }
+
+
+def _mask_drawing() -> str:
+    if fl.masks.predicts_bernoulli():
+        return "MT19937 in vectors, from the state of torch's CPU generator (it draws what bernoulli_ draws)"
+    return "bernoulli_ (it draws other numbers than MT19937 in vectors: on Intel processors, torch draws through MKL)"
 
 
 def render(facts: Mapping[str, Any]) -> str:

@@ -20,6 +20,8 @@ batch_norm_act_bwd = _ops.batch_norm_act_bwd.default
 dropout = _ops.dropout.default
 pack_mask = _ops.pack_mask.default
 unpack_mask = _ops.unpack_mask.default
+draw_channel_mask = _ops.draw_channel_mask.default
+draw_element_mask = _ops.draw_element_mask.default
 
 
 def cpu_capability() -> str:
@@ -134,3 +136,14 @@ def _(mask: Tensor, flat: bool) -> Tensor:
 @torch.library.register_fake("fastlayers::unpack_mask")
 def _(bits: Tensor, like: Tensor, flat: bool) -> Tensor:
     return torch.empty_like(like, dtype=torch.bool)
+
+
+@torch.library.register_fake("fastlayers::draw_channel_mask")
+def _(state: Tensor, like: Tensor, keep_probability: float) -> tuple[Tensor, Tensor]:
+    return like.new_empty(like.shape[:2], dtype=torch.bool), torch.empty_like(state)
+
+
+@torch.library.register_fake("fastlayers::draw_element_mask")
+def _(state: Tensor, like: Tensor, keep_probability: float, flat: bool) -> tuple[Tensor, Tensor]:
+    size = (like.numel() + 7) // 8 if flat else _mask_bytes(torch.empty_like(like))
+    return like.new_empty(size, dtype=torch.uint8), torch.empty_like(state)

@@ -38,12 +38,12 @@ Tensor dropout_channels(const Tensor& input, const Tensor& mask, double scale) {
   return out.finish();
 }
 
-Geometry mask_geometry(const Tensor& dense_mask, bool flat) {
-  STD_TORCH_CHECK(flat || dense_mask.dim() >= 2, "a mask of rows or planes should have at least 2 dimensions");
-  return flat ? flat_geometry(dense_mask) : geometry_of(dense_mask);
-}
-
 }  // namespace
+
+Geometry mask_geometry(const Tensor& dense, bool flat) {
+  STD_TORCH_CHECK(flat || dense.dim() >= 2, "a mask of rows or planes should have at least 2 dimensions");
+  return flat ? flat_geometry(dense) : geometry_of(dense);
+}
 
 Tensor dropout(Tensor input, Tensor mask, double scale) {
   STD_TORCH_CHECK(input.is_cpu(), "input should be on the CPU");
@@ -64,10 +64,8 @@ Tensor pack_mask(Tensor mask, bool flat) {
 }
 
 Tensor unpack_mask(Tensor bits, Tensor like, bool flat) {
-  Tensor shape = torch::stable::empty_like(like);
-  const Geometry g = mask_geometry(shape, flat);
-  const auto sizes = shape.sizes(), strides = shape.strides();
-  Tensor mask = empty_strided(like, {sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, ScalarType::Bool);
+  Tensor mask = empty_like(like, ScalarType::Bool);
+  const Geometry g = mask_geometry(mask, flat);
   STD_TORCH_CHECK(
       bits.scalar_type() == ScalarType::Byte && bits.numel() == g.mask_bytes() && bits.is_contiguous() && bits.is_cpu(),
       "bits should be ", g.mask_bytes(), " contiguous bytes of uint8 on the CPU");

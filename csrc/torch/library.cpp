@@ -6,6 +6,7 @@
 
 #include "../kernels/cpu/kernels.h"
 #include "batch_norm_act.h"
+#include "draw_mask.h"
 #include "dropout.h"
 
 namespace fastlayers {
@@ -44,6 +45,10 @@ STABLE_TORCH_LIBRARY(fastlayers, m) {
   m.def("dropout(Tensor input, Tensor mask, float scale) -> Tensor");
   m.def("pack_mask(Tensor mask, bool flat) -> Tensor");
   m.def("unpack_mask(Tensor bits, Tensor like, bool flat) -> Tensor");
+  m.def("draw_channel_mask(Tensor state, Tensor like, float keep_probability) -> (Tensor mask, Tensor next_state)");
+  m.def(
+      "draw_element_mask(Tensor state, Tensor like, float keep_probability, bool flat) "
+      "-> (Tensor bits, Tensor next_state)");
   m.def("cpu_capability() -> str");
   m.def("set_cpu_capability(str name) -> ()");
   m.def("set_last_level_cache_bytes(int bytes) -> int");
@@ -55,6 +60,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastlayers, CPU, m) {
   m.impl("dropout", TORCH_BOX(&fastlayers::dropout));
   m.impl("pack_mask", TORCH_BOX(&fastlayers::pack_mask));
   m.impl("unpack_mask", TORCH_BOX(&fastlayers::unpack_mask));
+  m.impl("draw_channel_mask", TORCH_BOX(&fastlayers::draw_channel_mask));
+  m.impl("draw_element_mask", TORCH_BOX(&fastlayers::draw_element_mask));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlayers, CompositeExplicitAutograd, m) {

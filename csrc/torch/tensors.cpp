@@ -8,6 +8,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <utility>
 
 namespace fastlayers {
@@ -88,6 +89,8 @@ Tensor copy_in_order(const Geometry& g, const Tensor& t) {
   return copy;
 }
 
+}  // namespace
+
 bool is_in_order(const Geometry& g, const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   const Sizes expected = strides_in_order(g, t);
@@ -109,8 +112,6 @@ bool is_dense(const Tensor& t) {
   }
   return true;
 }
-
-}  // namespace
 
 Dtype storage_dtype(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -152,6 +153,15 @@ Tensor empty_output(const Tensor& like) {
   if (end - begin >= kWorthwhile) madvise(reinterpret_cast<void*>(first), end / kPage * kPage - first, MADV_HUGEPAGE);
 #endif
   return output;
+}
+
+Tensor empty_like(const Tensor& like, ScalarType dtype) {
+  using torch::stable::detail::from;
+  // torch::stable::empty_like takes no dtype.
+  std::array<StableIValue, 6> stack{from(like),         from(std::optional(dtype)), from(std::nullopt),
+                                    from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Geometry geometry_of(const Tensor& dense) {

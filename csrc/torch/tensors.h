@@ -30,6 +30,7 @@ inline bool computes_in_double(const Tensor& t) {
 Tensor empty_strided(const Tensor& like, const std::vector<std::int64_t>& sizes,
                      const std::vector<std::int64_t>& strides, ScalarType dtype);
 Tensor empty_vector(const Tensor& like, std::int64_t size, ScalarType dtype);
+Tensor empty_like(const Tensor& like, ScalarType dtype);
 
 // torch.empty_like for a result of a kernel: where it is large, in huge pages if the system has them.
 Tensor empty_output(const Tensor& like);
@@ -55,6 +56,10 @@ View as_source(const Geometry& g, const Tensor& t);
 Source optional_source(std::optional<View>& holder, const Geometry& g, const OptionalTensor& t);
 // `t` itself, or a copy, whose memory holds nothing but its planes or rows, one after the other.
 Tensor in_order(const Geometry& g, const Tensor& t);
+// Whether the memory of `t` holds nothing but its planes or rows, one after the other.
+bool is_in_order(const Geometry& g, const Tensor& t);
+// Whether the elements of `t` fill its memory without gaps or overlaps.
+bool is_dense(const Tensor& t);
 // `t` itself if its elements fill its memory without gaps or overlaps, else a copy that does.
 Tensor dense(const Tensor& t);
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "mersenne_twister.h"
 
 #ifndef FASTLAYERS_HAVE_AVX2
 #define FASTLAYERS_HAVE_AVX2 0
@@ -15,9 +16,10 @@
 
 namespace fastlayers {
 
-// Defined by isa_kernels.cpp, once for each instruction set and storage type.
-#define FASTLAYERS_DECLARE(isa) \
-  extern const Kernels kernels_##isa##_f32, kernels_##isa##_f64, kernels_##isa##_bf16, kernels_##isa##_f16;
+// Defined by isa_kernels.cpp, once for each instruction set and storage type, and by isa_random.cpp.
+#define FASTLAYERS_DECLARE(isa)                                                                             \
+  extern const Kernels kernels_##isa##_f32, kernels_##isa##_f64, kernels_##isa##_bf16, kernels_##isa##_f16; \
+  extern const RandomKernels random_##isa;
 FASTLAYERS_DECLARE(baseline)
 #if FASTLAYERS_HAVE_AVX2
 FASTLAYERS_DECLARE(avx2)
@@ -28,6 +30,12 @@ FASTLAYERS_DECLARE(avx512)
 #undef FASTLAYERS_DECLARE
 
 namespace {
+
+// All that was compiled for one instruction set.
+struct Compiled {
+  const Kernels* kernels[4];  // in the order of Dtype
+  const RandomKernels* random;
+};
 
 bool runs_here(Capability capability) {
   switch (capability) {
@@ -71,6 +79,30 @@ std::atomic<Capability>& chosen() {
   return value;
 }
 
+const Compiled& compiled() {
+#define FASTLAYERS_COMPILED(isa)                                                                              \
+  {                                                                                                           \
+    {&kernels_##isa##_f32, &kernels_##isa##_f64, &kernels_##isa##_bf16, &kernels_##isa##_f16}, &random_##isa, \
+  }
+  static const Compiled baseline = FASTLAYERS_COMPILED(baseline);
+  switch (capability()) {
+#if FASTLAYERS_HAVE_AVX512
+    case Capability::avx512: {
+      static const Compiled avx512 = FASTLAYERS_COMPILED(avx512);
+      return avx512;
+    }
+#endif
+#if FASTLAYERS_HAVE_AVX2
+    case Capability::avx2: {
+      static const Compiled avx2 = FASTLAYERS_COMPILED(avx2);
+      return avx2;
+    }
+#endif
+    default: return baseline;
+  }
+#undef FASTLAYERS_COMPILED
+}
+
 }  // namespace
 
 Capability capability() {
@@ -84,28 +116,11 @@ bool set_capability(Capability wanted) {
 }
 
 const Kernels& kernels(Dtype dtype) {
-#define FASTLAYERS_TABLE(isa)                                                               \
-  {                                                                                         \
-    &kernels_##isa##_f32, &kernels_##isa##_f64, &kernels_##isa##_bf16, &kernels_##isa##_f16 \
-  }
-  static const Kernels* const baseline[] = FASTLAYERS_TABLE(baseline);
-  const auto index = static_cast<int>(dtype);
-  switch (capability()) {
-#if FASTLAYERS_HAVE_AVX512
-    case Capability::avx512: {
-      static const Kernels* const avx512[] = FASTLAYERS_TABLE(avx512);
-      return *avx512[index];
-    }
-#endif
-#if FASTLAYERS_HAVE_AVX2
-    case Capability::avx2: {
-      static const Kernels* const avx2[] = FASTLAYERS_TABLE(avx2);
-      return *avx2[index];
-    }
-#endif
-    default: return *baseline[index];
-  }
-#undef FASTLAYERS_TABLE
+  return *compiled().kernels[static_cast<int>(dtype)];
+}
+
+const RandomKernels& random_kernels() {
+  return *compiled().random;
 }
 
 }  // namespace fastlayers
