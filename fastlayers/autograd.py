@@ -84,16 +84,18 @@ class _BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> _Grads:
-        wanted = ctx.needs_input_grad[:4]
+        wanted = ctx.needs_input_grad
         run = _BatchNormActBackward.apply if torch.is_grad_enabled() else _backward
         grads = run(grad_outputs[0], *ctx.saved_tensors, ctx.call, wanted)
-        return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 5)
+        return (*[g if want else None for g, want in zip(grads, wanted, strict=False)], *(None,) * 5)
 
 
 def _forward(tensors: Any, call: _Call, save_flat_bits: bool) -> _FourTensors:
     if call.training and not torch.compiler.is_compiling():
         # The operator writes to these behind autograd's back; whoever saved one for backward shall hear of it.
-        torch.autograd.graph.increment_version([t for t in tensors[5:] if t is not None and not t.is_inference()])
+        written = [t for t in tensors[5:] if t is not None and not t.is_inference()]
+        if written:
+            torch.autograd.graph.increment_version(written)
     result: _FourTensors = ops.batch_norm_act_fwd(
         *tensors, call.training, call.momentum, call.eps,
         call.activation.code, call.activation.params, masks.scale(call.drop_p), save_flat_bits,

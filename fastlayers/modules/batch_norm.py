@@ -48,23 +48,27 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         drop_mode: str = "channel",
     ) -> Tensor:
         self._check_input_dim(input)
+        training = self.training
+        # Looked up once: a module finds its tensors slowly, and small inputs feel it.
+        running_mean, running_var = self.running_mean, self.running_var
         # As in torch: statistics of the batch also where there are no running ones, but then nothing is dropped in
         # evaluation mode.
-        own = self.running_mean is None and self.running_var is None
-        update = self.training and self.track_running_stats
-        use_running = update or not self.training
+        own = running_mean is None and running_var is None
+        update = training and self.track_running_stats
+        if training and not update:
+            running_mean = running_var = None
         return functional.batch_norm_act(
             input,
-            self.running_mean if use_running else None,
-            self.running_var if use_running else None,
+            running_mean,
+            running_var,
             self.weight,
             self.bias,
-            self.training or own,
+            training or own,
             self.momentum,
             self.eps,
             residual=residual,
             act=act,
-            drop_p=drop_p if self.training else 0.0,
+            drop_p=drop_p if training else 0.0,
             drop_mode=drop_mode,
             num_batches_tracked=self.num_batches_tracked if update else None,
         )

@@ -80,8 +80,8 @@ struct InputGradient {
   // `sums` are about the whole mean.
   FL_INLINE static InputGradient training(double scale, double invstd, double mean_rest, double count,
                                           const GradientSums& sums) {
-    const double by_deviation = -scale * invstd * invstd * sums.grad_deviation / count;
-    return {by_deviation, -scale * sums.grad / count - mean_rest * by_deviation};
+    const double share = -scale / count, by_deviation = share * invstd * invstd * sums.grad_deviation;
+    return {by_deviation, share * sums.grad - mean_rest * by_deviation};
   }
 };
 

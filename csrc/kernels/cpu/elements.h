@@ -102,12 +102,23 @@ ChannelAffine<S> channel_affine(const Args& args, std::int64_t c) {
   return {args.mean[c], args.invstd[c], args.weight[c], args.bias[c]};
 }
 
-// Turns a channel's moments into what is kept of them.
-inline void finish_statistics(const ForwardArgs& args, std::int64_t c, const Moments& m) {
-  const double variance = m.squares / m.count;
-  args.mean[c] = m.mean;
-  args.invstd[c] = 1 / std::sqrt(variance + args.eps);
-  args.variance[c] = variance;
+// Turns the moments of channels [begin, end) into what is kept of them; moments(c) gives those of channel c.
+template <class F>
+void finish_statistics(const ForwardArgs& args, std::int64_t begin, std::int64_t end, F&& moments) {
+  // Locals, and a loop of its own for roots and divisions, so that it is compiled to vectors.
+  double* const __restrict mean = args.mean, * const __restrict invstd = args.invstd;
+  double* const __restrict variance = args.variance;
+  const double eps = args.eps;
+  for (std::int64_t c = begin; c < end; ++c) {
+    const Moments m = moments(c);
+    mean[c] = m.mean;
+    variance[c] = m.squares;
+  }
+  const auto count = static_cast<double>(args.geometry.count_per_channel());
+  for (std::int64_t c = begin; c < end; ++c) {
+    variance[c] /= count;
+    invstd[c] = 1 / std::sqrt(variance[c] + eps);
+  }
 }
 
 FL_INLINE bool needs_sums(const BackwardArgs& args) {

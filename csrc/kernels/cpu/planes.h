@@ -277,7 +277,8 @@ class PlanesForward {
       split_.each_plane(args_.parallel_for, [&](std::int64_t c, Span s) { write(c, s); });
     } else if (split_.spans == 1) {
       split_.each_span(args_.parallel_for, [&](std::int64_t, std::int64_t c, Span whole) {
-        finish_statistics(args_, c, plane_moments<T>(args_.input, c, whole, spatial()));
+        finish_statistics(args_, c, c + 1,
+                          [&](std::int64_t) { return plane_moments<T>(args_.input, c, whole, spatial()); });
         write(c, whole);
       });
     } else {
@@ -293,11 +294,11 @@ class PlanesForward {
     split_.each_span(args_.parallel_for, [&](std::int64_t i, std::int64_t c, Span s) {
       parts[i] = plane_moments<T>(args_.input, c, s, spatial());
     });
-    for (std::int64_t c = 0; c < channels; ++c) {
+    finish_statistics(args_, 0, channels, [&](std::int64_t c) {
       Moments total;
       for (std::int64_t s = 0; s < split_.spans; ++s) total.merge(parts[c * split_.spans + s]);
-      finish_statistics(args_, c, total);
-    }
+      return total;
+    });
   }
 
   std::int64_t spatial() const { return args_.geometry.spatial; }

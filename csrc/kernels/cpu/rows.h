@@ -384,8 +384,8 @@ class RowsForward {
     } else if (split_.tiles == 1) {
       each_tile(args_, split_, Walk::forward, [&](std::int64_t, const Tile& t) {
         const TileMoments m = tile_moments<T>(args_.input, t, columns_);
-        for (std::int64_t c = 0; c < t.channels; ++c)
-          finish_statistics(args_, t.channel + c, m.of_channel(columns_, t, c));
+        finish_statistics(args_, t.channel, t.channel + t.channels,
+                          [&](std::int64_t c) { return m.of_channel(columns_, t, c - t.channel); });
         write(t);
       });
     } else {
@@ -406,7 +406,7 @@ class RowsForward {
     parallel_each(args_.parallel_for, channels, 16 * split_.tiles, [&](std::int64_t c) {
       Moments total;
       for (std::int64_t tile = 0; tile < split_.tiles; ++tile) total.merge(parts[tile * channels + c]);
-      finish_statistics(args_, c, total);
+      finish_statistics(args_, c, c + 1, [&](std::int64_t) { return total; });
     });
   }
 
