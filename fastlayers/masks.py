@@ -65,7 +65,9 @@ def draw_for_kernels(input: Tensor, p: float, mode: str, training: bool, flat: b
         with _drawing:
             return _draw_eagerly(input, 1 - p, mode, flat)
     mask = _bernoulli(input, p, mode)
-    return mask if mode == "channel" else ops.pack_mask(mask, flat)
+    if mode == "element":
+        mask = ops.pack_mask(mask, flat)
+    return mask
 
 
 def _runs_eagerly(input: Tensor) -> bool:
@@ -93,7 +95,8 @@ def _draw_eagerly(input: Tensor, keep_probability: float, mode: str, flat: bool)
         mask = _from_state(lambda state: ops.draw_element_mask(state, input, keep_probability, flat))
         if mask is not None:
             return mask
-    return ops.pack_mask(torch.empty_like(input, dtype=torch.bool).bernoulli_(keep_probability), flat)
+    bits: Tensor = ops.pack_mask(torch.empty_like(input, dtype=torch.bool).bernoulli_(keep_probability), flat)
+    return bits
 
 
 def _from_state(operator: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor | None:
