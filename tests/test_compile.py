@@ -97,7 +97,9 @@ def test_mask_operators(layout: str) -> None:
     x = in_layout(torch.randn(4, 10, 3, 5), layout)
     kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(0.5)
     opcheck(fl.ops.dropout, (x, torch.rand(4, 10) > 0.5, 2.0))
+    opcheck(fl.ops.draw_channel_mask, (torch.get_rng_state(), x, 0.5))
     for flat in (True, False):
+        opcheck(fl.ops.draw_element_mask, (torch.get_rng_state(), x, 0.5, flat))
         opcheck(fl.ops.pack_mask, (kept, flat))
         bits = fl.ops.pack_mask(kept, flat)
         opcheck(fl.ops.unpack_mask, (bits, x, flat))

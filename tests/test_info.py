@@ -33,6 +33,12 @@ def test_collect_follows_the_backend_that_is_set() -> None:
     assert {row[2] for row in facts["backends"]} == {"reference"}
 
 
+@pytest.mark.parametrize(("predicted", "says"), [(True, "MT19937 in vectors, from"), (False, "MKL")])
+def test_collect_says_how_masks_are_drawn(predicted: bool, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fl.masks, "predicts_bernoulli", lambda: predicted)
+    assert says in info.collect()["run time"]["dropout masks"]
+
+
 def test_collect_names_the_variable_that_lowers_the_instruction_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import itertools
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import profile
 
 import fastlayers as fl
+from fastlayers import masks, ops
 from tests.cases import pairwise
 from tests.layouts import LAYOUTS, in_layout
 from tests.oracle import assert_close
@@ -31,6 +41,34 @@ def _seeded(draw: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, T
     return draw(), _generator_state(device)
 
 
+WAYS = ("computed", "bernoulli_")
+
+
+@contextlib.contextmanager
+def _drawn(way: str, device: torch.device) -> Iterator[None]:
+    """Has masks for the kernels drawn this way, whatever their size."""
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "bernoulli_":
+            patch.setattr(masks, "predicts_bernoulli", lambda: False)
+        elif device.type == "cpu" and masks.predicts_bernoulli():
+            patch.setattr(masks, "_VALUES_WORTH_IT", 1)
+        else:
+            pytest.skip("bernoulli_ draws other numbers than MT19937 here")
+        yield
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
+    with _drawn(request.param, device):
+        yield request.param
+
+
+@pytest.fixture
+def computed(device: torch.device) -> Iterator[None]:
+    with _drawn("computed", device):
+        yield
+
+
 def _only_on_cpu(device: torch.device) -> None:
     if device.type != "cpu":
         pytest.skip("F.dropout draws its mask within its kernel there; only on the CPU is it promised to be the same")
@@ -46,7 +84,9 @@ def _kept(x: Tensor, p: float, mode: str) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_channel_mask(shape: tuple[int, ...], layout: str, dtype: torch.dtype, p: float, device: torch.device) -> None:
+def test_channel_mask(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, p: float, device: torch.device, way: str
+) -> None:
     x = in_layout(torch.randn(shape, device=device).to(dtype), layout)
     ones = torch.ones(*shape[:2], 1, 1, dtype=dtype, device=device)
     kept, state = _seeded(lambda: _kept(x, p, "channel"), device)
@@ -59,7 +99,9 @@ def test_channel_mask(shape: tuple[int, ...], layout: str, dtype: torch.dtype, p
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_element_mask(shape: tuple[int, ...], layout: str, dtype: torch.dtype, p: float, device: torch.device) -> None:
+def test_element_mask(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, p: float, device: torch.device, way: str
+) -> None:
     _only_on_cpu(device)
     x = in_layout(torch.randn(shape, device=device).to(dtype), layout)
     kept, state = _seeded(lambda: _kept(x, p, "element"), device)
@@ -86,6 +128,7 @@ DROPOUTS: list[tuple[str, list[int]]] = [
             "dtype": DTYPES,
             "p": [0.0, 0.1, 0.5, 1.0],
             "backend": ["auto", "reference"],
+            "way": list(WAYS),
         }
     ),
     ids=lambda row: " ".join(map(str, row.values())),
@@ -106,7 +149,7 @@ def test_dropout_functions(row: dict[str, Any], device: torch.device) -> None:
         (gradient,) = torch.autograd.grad(y, leaf, torch.ones_like(y) * 3)
         return y.detach(), gradient, state
 
-    with fl.use_backend(row["backend"]):
+    with fl.use_backend(row["backend"]), _drawn(row["way"], device):
         y, gradient, state = run(ours, dtype)
     exact = run(theirs, torch.float64)
     eager = run(theirs, dtype)
@@ -167,3 +210,227 @@ def test_evaluation_draws_nothing(device: torch.device) -> None:
     state = _generator_state(device)
     layer(torch.randn(2, 6, 3, 3, generator=torch.Generator().manual_seed(0)).to(device))
     assert torch.equal(_generator_state(device), state)
+
+
+# Numbers drawn before a mask: none, one, two words of a block; so many that few are left of it; what randn keeps.
+BEFORE: list[tuple[str, Callable[[], object]]] = [
+    ("a new seed", lambda: None),
+    ("a word", lambda: torch.randint(9, (1,))),
+    ("a float64", lambda: torch.rand(1, dtype=torch.float64)),
+    ("621 words", lambda: torch.randint(9, (621,))),
+    ("622 words", lambda: torch.randint(9, (622,))),
+    ("623 words", lambda: torch.randint(9, (623,))),
+    ("a block", lambda: torch.randint(9, (624,))),
+    ("one randn", lambda: torch.randn(1)),
+    ("one randn in float64", lambda: torch.randn(3, dtype=torch.float64)),
+]
+PROBABILITIES = [1e-300, 1e-9, 0.1, 0.5, 0.7, 1 - 1e-9, math.nextafter(1, 0)]
+
+
+def _next_numbers() -> list[Tensor]:
+    """Some of every kind."""
+    wide = torch.float64
+    return [torch.randn(1), torch.randn(1, dtype=wide), torch.rand(3), torch.rand(3, dtype=wide), torch.randperm(9)]
+
+
+@pytest.mark.parametrize(("before", "draw"), BEFORE, ids=[name for name, _ in BEFORE])
+def test_computed_channel_masks(before: str, draw: Callable[[], object], computed: None, capability: str) -> None:
+    """Of sizes that end anywhere in a vector or in a block of 624 words: torch's mask, and its numbers after that."""
+    sizes = [*range(1, 40), 155, 156, 157, *range(309, 317), 623, 624, 625, 1000, 65536]
+    for size, p in zip(sizes, itertools.cycle(PROBABILITIES), strict=False):
+        results = []
+        for mask in (
+            lambda x, p=p: masks.draw_for_kernels(x, p, "channel", True),
+            lambda x, p=p: F.dropout2d(x, p)[..., 0, 0] != 0,
+        ):
+            torch.manual_seed(size)
+            draw()
+            results.append([mask(torch.ones(1, size, 1, 1)), torch.get_rng_state(), *_next_numbers()])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), (size, p)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_computed_element_masks(layout: str, flat: bool, computed: None, capability: str) -> None:
+    """Bits of planes and rows of any length, whole bytes or not: those of torch's mask."""
+    lengths = [(1, 1), (1, 7), (3, 3), (7, 7), (8, 4), (1, 13), (5, 13), (6, 20), (25, 25)]
+    for (height, width), channels, p in zip(
+        lengths, itertools.cycle([1, 2, 7, 8, 16, 33, 65]), itertools.cycle(PROBABILITIES), strict=False
+    ):
+        x = in_layout(torch.ones(3, channels, height, width), layout)
+        torch.manual_seed(SEED)
+        bits = masks.draw_for_kernels(x, p, "element", True, flat)
+        state = torch.get_rng_state()
+        torch.manual_seed(SEED)
+        kept = F.dropout(x, p) != 0
+        assert bits is not None
+        assert torch.equal(bits, ops.pack_mask(kept, flat)), (x.shape, p)
+        assert torch.equal(state, torch.get_rng_state())
+
+
+def test_probability_is_compared_exactly(computed: None, capability: str) -> None:
+    """A value is dropped where it equals the probability of keeping, and kept where that is the least bit larger."""
+    state = torch.get_rng_state()
+    values = torch.rand(100, dtype=torch.float64).tolist()
+    torch.set_rng_state(state)
+    like = torch.empty(1, 100)
+    for i, value in enumerate(values):
+        for keep_probability, kept in ((value, False), (math.nextafter(value, 1), True)):
+            assert bool(ops.draw_channel_mask(state, like, keep_probability)[0][0, i]) is kept
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+@pytest.mark.parametrize("mode", masks.MODES)
+def test_certainty_draws_nothing(mode: str, p: float, way: str) -> None:
+    x, state = torch.ones(4, 5, 3), torch.get_rng_state()
+    mask = masks.draw_for_kernels(x, p, mode, True)
+    assert mask is None if p == 0 else mask is not None and not mask.any()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# The others' memory has gaps, or planes and rows that are not in the order of the samples.
+SIMPLE_LAYOUTS = ("contiguous", "channels_last", "offset")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_of_element_masks(layout: str, computed: None) -> None:
+    """The bits alone; a byte per element for the less simple layouts."""
+    x = in_layout(torch.ones(16, 24, 32, 32), layout)
+    with profile(profile_memory=True) as run:
+        masks.draw_for_kernels(x, 0.5, "element", True)
+    allocated = max(event.cpu_memory_usage for event in run.events())
+    states = 4 * torch.get_rng_state().nbytes
+    assert allocated <= x.numel() / 8 + states + (0 if layout in SIMPLE_LAYOUTS else x.numel())
+
+
+@pytest.mark.parametrize("size", [600, 5000])
+def test_threads_draw_what_one_would(size: int, way: str) -> None:
+    """Every mask once, and the generator where it would be."""
+    x, threads = torch.ones(1, size), 3
+
+    def draw_some(_: int) -> list[list[bool]]:
+        drawn = (masks.draw_for_kernels(x, 0.5, "channel", True) for _ in range(150))
+        return [mask[0].tolist() for mask in drawn if mask is not None]
+
+    torch.manual_seed(SEED)
+    one_by_one = sorted(mask for i in range(threads) for mask in draw_some(i))
+    state = torch.get_rng_state()
+    torch.manual_seed(SEED)
+    with ThreadPoolExecutor(threads) as pool:
+        at_once = sorted(mask for drawn in pool.map(draw_some, range(threads)) for mask in drawn)
+    assert at_once == one_by_one
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("times", [1, 2, 100])
+@pytest.mark.parametrize("mode", masks.MODES)
+def test_draws_of_others_meanwhile(mode: str, times: int, computed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch draws in another thread while a mask is computed, the mask is that of the numbers after those."""
+    name = f"draw_{mode}_mask"
+    operator, remaining = getattr(ops, name), times
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal remaining
+        if remaining > 0:
+            remaining -= 1
+            other = threading.Thread(target=torch.rand, args=(5,))
+            other.start()
+            other.join()
+        return operator(*args)
+
+    monkeypatch.setattr(ops, name, interrupted)
+    x = torch.ones(7, 11, 3, 5)
+    torch.manual_seed(SEED)
+    mask = masks.draw_for_kernels(x, 0.5, mode, True)
+    state = torch.get_rng_state()
+    torch.manual_seed(SEED)
+    torch.rand(5 * (times - remaining))
+    expected = masks.draw(x, 0.5, mode, True)
+    assert mask is not None
+    assert expected is not None
+    assert torch.equal(mask, expected if mode == "channel" else ops.pack_mask(expected, False))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+FORK = """
+import os, threading, torch, fastlayers as fl
+x = torch.ones(64, 64, 1, 1)
+stop = threading.Event()
+def draw():
+    while not stop.is_set():
+        fl.masks.draw_for_kernels(x, 0.5, "channel", True)
+thread = threading.Thread(target=draw)
+thread.start()
+for _ in range(50):
+    child = os.fork()
+    if child == 0:
+        fl.masks.draw_for_kernels(x, 0.5, "channel", True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+stop.set()
+thread.join()
+"""
+
+
+def test_processes_forked_while_a_thread_draws() -> None:
+    """They draw, and do not wait for ever for a thread that they do not have."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=120)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["dropout", "dropout2d"])
+def test_tracers_and_transforms_see_torchs_own_draw(name: str, computed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them could see a mask that was computed from the state: it would be the same at every call."""
+
+    def forbidden(*args: object) -> None:
+        raise AssertionError("computed from the state")
+
+    monkeypatch.setattr(masks, "_from_state", forbidden)
+    dropout, x = getattr(fl.functional, name), torch.ones(8, 64, 3, 3)
+    for run in (
+        torch.compile(lambda x: dropout(x, 0.5), fullgraph=True, backend="aot_eager"),
+        make_fx(lambda x: dropout(x, 0.5))(x),
+        torch.jit.trace(lambda x: dropout(x, 0.5), x, check_trace=False),
+        lambda x: torch.func.vmap(lambda row: dropout(row, 0.5), randomness="different")(torch.stack([x, x])),
+    ):
+        assert not torch.equal(run(x), run(x))
+    with pytest.raises(AssertionError, match="computed from the state"):
+        dropout(x, 0.5)
+
+
+class TestWhetherBernoulliIsPredicted:
+    @pytest.fixture(autouse=True)
+    def _try_again(self) -> Iterator[None]:
+        masks.predicts_bernoulli.cache_clear()
+        yield
+        masks.predicts_bernoulli.cache_clear()
+
+    def test_leaves_the_generator_alone(self) -> None:
+        state = torch.get_rng_state()
+        masks.predicts_bernoulli()
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_sees_other_numbers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Such as MKL's, which depend on one number of the generator."""
+
+        def bernoulli(self: Tensor, p: float, generator: torch.Generator) -> Tensor:
+            seed = int(torch.randint(2**31, (1,), generator=generator))
+            return self.copy_(torch.rand(self.shape, generator=torch.Generator().manual_seed(seed)) < p)
+
+        monkeypatch.setattr(Tensor, "bernoulli_", bernoulli)
+        assert not masks.predicts_bernoulli()
+
+    def test_sees_another_state(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A mask that is right is not enough."""
+        operator = ops.draw_channel_mask
+
+        def forgetful(state: Tensor, like: Tensor, keep_probability: float) -> tuple[Tensor, Tensor]:
+            return operator(state, like, keep_probability)[0], state
+
+        monkeypatch.setattr(ops, "draw_channel_mask", forgetful)
+        assert not masks.predicts_bernoulli()
+
+    def test_sees_a_state_of_another_size(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        operator = ops.draw_channel_mask
+        monkeypatch.setattr(ops, "draw_channel_mask", lambda state, *args: operator(state[:-8], *args))
+        assert not masks.predicts_bernoulli()

@@ -57,6 +57,15 @@ def _kept(*shape: int) -> Tensor:
     return torch.ones(*shape, dtype=torch.bool)
 
 
+def _state(**changes: int) -> Tensor:
+    """A state of the generator, with other numbers in its header: where the next word is, and how many are left."""
+    state = torch.Generator().manual_seed(0).get_state()
+    words = state.view(torch.int32)
+    for name, value in changes.items():
+        words[{"left": 2, "next": 4}[name]] = value
+    return state
+
+
 WRONG_CHANNELS: dict[str, Tensor] = {
     "too few": torch.ones(C - 1),
     "none": torch.ones(0),
@@ -82,6 +91,18 @@ WRONG_MASKS: dict[str, Tensor] = {
     "too many bits": _bits(BITS + 1),
     "no bits": _bits(0),
     "bits with gaps": _bits(2 * BITS)[::2],
+}
+
+WRONG_STATES: dict[str, Tensor] = {
+    "too short": _state()[:-8],
+    "with gaps": torch.stack([_state(), _state()], 1)[:, 0],
+    "as int8": _state().view(torch.int8),
+    "none": torch.empty(0, dtype=torch.uint8),
+    "past its block": _state(left=2, next=624),
+    "before its block": _state(left=630, next=-5),
+    "with too few words": _state(left=5, next=5),
+    "with no words": _state(left=0, next=0),
+    "with fewer than none": _state(left=-7, next=632),
 }
 
 CALLS: dict[str, Callable[[], object]] = {
@@ -125,6 +146,14 @@ CALLS: dict[str, Callable[[], object]] = {
     **{f"unpack: {text}, flat={flat}": lambda t=t, flat=flat: fl.ops.unpack_mask(t, _full_size(), flat)  # type: ignore[misc]
        for flat in (True, False) for text, t in WRONG_MASKS.items() if text != "no bits"},
     "unpack: vector as planes": lambda: fl.ops.unpack_mask(_bits(2), torch.ones(C), False),
+    **{f"draw: state {text}": lambda t=t: fl.ops.draw_channel_mask(t, _full_size(), 0.5)  # type: ignore[misc]
+       for text, t in WRONG_STATES.items()},
+    **{f"draw bits: state {text}": lambda t=t: fl.ops.draw_element_mask(t, _full_size(), 0.5, True)  # type: ignore[misc]
+       for text, t in WRONG_STATES.items()},
+    **{f"draw: probability {p}": lambda p=p: fl.ops.draw_channel_mask(_state(), _full_size(), p)  # type: ignore[misc]
+       for p in (-0.1, 1.1, float("nan"))},
+    "draw: channels of a vector": lambda: fl.ops.draw_channel_mask(_state(), torch.ones(C), 0.5),
+    "draw bits: planes of a vector": lambda: fl.ops.draw_element_mask(_state(), torch.ones(C), 0.5, False),
     "capability: unknown": lambda: fl.ops.set_cpu_capability("sse9"),
 }  # fmt: skip
 

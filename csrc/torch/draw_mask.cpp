@@ -37,7 +37,7 @@ class Generator {
     const EngineState& engine = *engine_state();
     // A block is due where nothing is left; only after seeding does `next` say otherwise.
     twister.next = engine.left == 1 ? MersenneTwister::kWords : static_cast<std::int64_t>(engine.next);
-    STD_TORCH_CHECK(twister.next >= 0 && twister.next + engine.left == MersenneTwister::kWords + 1,
+    STD_TORCH_CHECK(engine.left > 0 && twister.next >= 0 && twister.next + engine.left == MersenneTwister::kWords + 1,
                     "state is not one that torch's CPU generator can be in");
     std::copy(std::begin(engine.words), std::end(engine.words), twister.words);
   }

@@ -1,5 +1,5 @@
-// MT19937 in vectors. Compiled once for each instruction set, which FASTLAYERS_ISA names: defines random_<isa>, from which
-// dispatch.cpp chooses.
+// MT19937 in vectors. Compiled once for each instruction set, which FASTLAYERS_ISA names: defines random_<isa>, from
+// which dispatch.cpp chooses.
 #include "mersenne_twister.h"
 #include "simd.h"
 
