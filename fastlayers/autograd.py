@@ -84,10 +84,10 @@ class _BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> _Grads:
-        wanted = ctx.needs_input_grad
+        wanted = ctx.needs_input_grad[:4]
         run = _BatchNormActBackward.apply if torch.is_grad_enabled() else _backward
         grads = run(grad_outputs[0], *ctx.saved_tensors, ctx.call, wanted)
-        return (*[g if want else None for g, want in zip(grads, wanted, strict=False)], *(None,) * 5)
+        return (*[g if want else None for g, want in zip(grads, wanted, strict=True)], *(None,) * 5)
 
 
 def _forward(tensors: Any, call: _Call, save_flat_bits: bool) -> _FourTensors:

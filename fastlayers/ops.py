@@ -62,7 +62,7 @@ def _mask_bytes(dense: Tensor) -> int:
     if spatial == 1 or (channels > 1 and dense.stride(1) == 1):
         positions = 16 if channels < 32 and spatial % 16 == 0 else 1
         runs, length = batch * spatial // positions, channels * positions
-    elif spatial <= 128 and batch >= 8:
+    elif spatial <= 128:
         runs, length = batch, channels * spatial
     else:
         runs, length = batch * channels, spatial

@@ -14,8 +14,8 @@ enum class Activation : std::int64_t;
 //   rows    the C channels of one sample and position are adjacent (channels_last tensors, and (N, C));
 //           then there are N * S rows at one distance from each other.
 //
-// The kernels sweep runs of adjacent elements: a plane, or all planes of a sample where these are small and the samples
-// many; a row, or several where these are narrow. Runs of several planes or rows have no gaps inside.
+// The kernels sweep runs of adjacent elements: a plane, or all planes of a sample where these are small; a row, or
+// several where these are narrow. Runs of several planes or rows have no gaps inside.
 struct Geometry {
   bool rows = false;
   std::int64_t batch = 0, channels = 0, spatial = 0;
@@ -23,9 +23,9 @@ struct Geometry {
   std::int64_t numel() const { return batch * channels * spatial; }
   std::int64_t count_per_channel() const { return batch * spatial; }
 
-  static constexpr std::int64_t kSmallPlane = 128, kManySamples = 8, kNarrowRow = 32, kRowsPerRun = 16;
+  static constexpr std::int64_t kSmallPlane = 128, kNarrowRow = 32, kRowsPerRun = 16;
   // Whether a run holds all channels, or the planes of one.
-  bool mixed_runs() const { return rows || (spatial <= kSmallPlane && batch >= kManySamples); }
+  bool mixed_runs() const { return rows || spatial <= kSmallPlane; }
   // How many positions of each of its channels a run holds.
   std::int64_t positions_per_run() const {
     if (!rows) return spatial;

@@ -124,8 +124,8 @@ FL_INLINE T* piece_start(const Target& x, Piece p, std::int64_t channel) {
 
 inline constexpr int kPlanesTogether = 4, kBackwardTogether = 2;
 
-// Elements summed before they are merged in double; a longer piece is cut.
-inline constexpr std::int64_t kChunk = kPlanesTogether * kFloatAdditions * kLanes;
+// Elements that one vector of sums takes before it is merged in double; a longer piece is cut.
+inline constexpr std::int64_t kChunk = kFloatAdditions * kLanes;
 
 // Sums of (x - shift) and its square over pieces of a channel, in vectors of A: float, or double where float overflows.
 template <class T, class A>
@@ -137,6 +137,16 @@ class ShiftedSums {
     shift_ = static_cast<A>(shift);
     count_ = 0;
     for (Pair& pair : pairs_) pair = {};
+  }
+
+  // Adds n elements from x on, in as many stretches as there are vectors of sums.
+  FL_INLINE void add(const T* x, std::int64_t n) {
+    const std::int64_t stretch = n / (kPlanesTogether * kLanes) * kLanes;
+    const T* starts[kPlanesTogether];
+    for (int u = 0; u < kPlanesTogether; ++u) starts[u] = x + u * stretch;
+    add(starts, stretch, Together<kPlanesTogether>{});
+    const T* rest = x + kPlanesTogether * stretch;
+    add(&rest, n - kPlanesTogether * stretch, Together<1>{});
   }
 
   // Adds n elements from each of the kCount pointers on.
@@ -187,7 +197,7 @@ double mean_of(const T* x, std::int64_t n) {
 template <class T, class A>
 __attribute__((noinline)) Moments plane_moments(const Source& x, std::int64_t channel, Span span,
                                                 std::int64_t spatial) {
-  constexpr std::int64_t kFirst = 4 * kLanes, kGrowth = 8;
+  constexpr std::int64_t kFirst = 4 * kLanes, kGrowth = 8, kMost = kPlanesTogether * kChunk;
   Moments total;
   ShiftedSums<T, A> sums(0);
   std::int64_t chunk = kFirst;
@@ -198,17 +208,20 @@ __attribute__((noinline)) Moments plane_moments(const Source& x, std::int64_t ch
     const T* from[kCount];
     for (int u = 0; u < kCount; ++u) from[u] = piece_start<T>(x, pieces[u], channel);
     const std::int64_t length = pieces[0].length;
-    if (first) sums.reset(mean_of(from[0], length < kFirst ? length : kFirst));
+    if (first) sums.reset(mean_of(from[0], smaller(length, kFirst)));
     first = false;
     for (std::int64_t left = length; left > 0;) {
-      const std::int64_t room = (chunk - sums.count() + kCount - 1) / kCount, n = left < room ? left : room;
-      sums.add(from, n, together);
+      const std::int64_t room = (chunk - sums.count() + kCount - 1) / kCount, n = smaller(left, room);
+      if constexpr (kCount == 1)
+        sums.add(from[0], n);
+      else
+        sums.add(from, n, together);
       for (const T*& pointer : from) pointer += n;
       left -= n;
       if (sums.count() < chunk) break;
       total.merge(sums.moments());
       sums.reset(total.mean);
-      chunk = chunk * kGrowth < kChunk ? chunk * kGrowth : kChunk;
+      chunk = smaller(chunk * kGrowth, kMost);
     }
   });
   if (sums.count() > 0) total.merge(sums.moments());
@@ -219,10 +232,7 @@ __attribute__((noinline)) Moments plane_moments(const Source& x, std::int64_t ch
 template <class T>
 Moments plane_moments_of_non_finite(const Source& x, std::int64_t channel, Span span, std::int64_t spatial) {
   ShiftedSums<T, double> sums(0);
-  for_each_piece(span, spatial, Walk::forward, [&](Piece p) {
-    const T* from = piece_start<T>(x, p, channel);
-    sums.add(&from, p.length, Together<1>{});
-  });
+  for_each_piece(span, spatial, Walk::forward, [&](Piece p) { sums.add(piece_start<T>(x, p, channel), p.length); });
   return sums.moments();
 }
 
@@ -382,28 +392,31 @@ class PlanesBackward {
         masks[u] = PieceMasks(args_.geometry, args_.keep, pieces[u], c);
         runs[u] = run_at(pieces[u], c, masks[u]);
       }
-      constexpr std::int64_t kMost = kChunk / kCount;
-      for (std::int64_t begin = 0; begin < pieces[0].length; begin += kMost)
-        add(runs, masks, begin, smaller(begin + kMost, pieces[0].length), together, s);
+      for (std::int64_t begin = 0; begin < pieces[0].length; begin += kChunk)
+        add(runs, masks, begin, smaller(begin + kChunk, pieces[0].length), together, s);
     });
-    s.carry();
-    return s.total;
+    return s.total();
   }
 
-  // Both sums of one channel, carried over from vectors of S to double as they grow.
+  // Both sums of one channel, carried over from S to double as they grow.
   struct ChannelSums {
     Affine<V> affine;
-    GradientSums total;
-    std::int64_t summed = 0;
-    V grad[kPlanesTogether]{}, grad_deviation[kPlanesTogether]{};
+    Vec<double> total_grad{}, total_grad_deviation{};
+    std::int64_t summed = 0;  // at most, by one vector
+    V grad[kBackwardTogether]{}, grad_deviation[kBackwardTogether]{};
 
-    void carry() {
-      for (int u = 0; u < kPlanesTogether; ++u) {
-        if (u > 0) grad[0] += grad[u], grad_deviation[0] += grad_deviation[u];
+    FL_INLINE void carry() {
+      for (int u = 0; u < kBackwardTogether; ++u) {
+        total_grad += convert<Vec<double>>(grad[u]);
+        total_grad_deviation += convert<Vec<double>>(grad_deviation[u]);
+        grad[u] = grad_deviation[u] = V{};
       }
-      total.add({sum_of_lanes<S>(grad[0]), sum_of_lanes<S>(grad_deviation[0])});
-      for (int u = 0; u < kPlanesTogether; ++u) grad[u] = grad_deviation[u] = V{};
       summed = 0;
+    }
+
+    GradientSums total() {
+      carry();
+      return {sum_of_lanes<double>(total_grad), sum_of_lanes<double>(total_grad_deviation)};
     }
   };
 
@@ -423,7 +436,7 @@ class PlanesBackward {
       }
     });
     for (int u = 0; u < kCount; ++u) s.grad[u] = grad[u], s.grad_deviation[u] = grad_deviation[u];
-    s.summed += (end - begin) * kCount;
+    s.summed += end - begin;
     if (s.summed >= kChunk) s.carry();
   }
 
