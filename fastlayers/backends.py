@@ -15,6 +15,10 @@ OPS = ("batch_norm_act", "dropout")
 #: Device types that the compiled kernels serve.
 CPP_DEVICES = ("cpu",)
 
+#: Up to this many elements, torch's own layers one after the other take less time than an autograd.Function written in
+#: Python around one kernel, forward and backward (docs/performance.md). Where channels are adjacent torch is faster.
+SMALL_PLANES, SMALL_ROWS = 48 * 1024, 144 * 1024
+
 _current = "auto"
 
 
@@ -84,6 +88,16 @@ def uses_reference(input: Tensor) -> bool:
     return False
 
 
+def prefers_torch(input: Tensor) -> bool:
+    """Whether `input` is so small that a layer without dropout had better call torch's own kernels one by one."""
+    if _current != "auto" or input.numel() > SMALL_ROWS or not input.is_cpu or torch.compiler.is_compiling():
+        return False
+    # Other layouts torch would not keep.
+    if input.dim() == 2 or not input.is_contiguous():
+        return input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last))
+    return input.numel() <= SMALL_PLANES
+
+
 def explain() -> list[Choice]:
     """What the current setting chooses for each operation on each device type of this machine."""
     devices = ["cpu"] + [name for name in ("cuda", "xpu", "mps") if _is_available(name)]
@@ -99,7 +113,10 @@ def _choice(device: str) -> tuple[str, str]:
     if _current == "reference":
         return "reference", "set_backend('reference')"
     if device in CPP_DEVICES:
-        return "cpp", "compiled kernels" if _current == "auto" else "set_backend('cpp')"
+        small = (
+            f"layers without dropout call torch's own up to {SMALL_PLANES} elements, {SMALL_ROWS} with channels last"
+        )
+        return "cpp", f"compiled kernels; {small}" if _current == "auto" else "set_backend('cpp')"
     if _current == "cpp":
         return "none", f"set_backend('cpp') does not serve {device}: a call raises"
     return "reference", f"this version has no compiled kernels for {device}, so plain PyTorch runs"

@@ -39,7 +39,7 @@ def set_cpu_capability(name: str) -> None:
 
 
 def set_last_level_cache_bytes(size: int) -> int:
-    """Changes the size of cache beyond which results are written past it, for tests. Returns the one in force before."""
+    """Changes the cache size beyond which results are written past the cache, for tests; returns the old one."""
     before: int = _ops.set_last_level_cache_bytes(size)
     return before
 
@@ -52,7 +52,7 @@ def build_info() -> dict[str, Any]:
 def _mask_bytes(dense: Tensor) -> int:
     """Size of a mask of one bit per element: each run of elements starts at a byte of its own.
 
-    The rule for what is a run has its other definition in csrc/kernels/cpu/kernels.h, Geometry; the one for the layout in
+    What is a run has its other definition in csrc/kernels/cpu/kernels.h, Geometry; the layout in
     csrc/torch/tensors.cpp, geometry_of.
     """
     batch, channels = dense.shape[:2]

@@ -141,10 +141,22 @@ def expected(case: Case, device: torch.device) -> tuple[Sample, Results, Results
 
 
 def _size(name: str, sample: Sample) -> float:
-    """The size that the sum behind a parameter's gradient has where its terms do not cancel: their 2-norm."""
-    if name not in ("gradient of weight", "gradient of bias") or sample.grad_output.numel() == 0:
+    """The size that a gradient's terms have where they cancel.
+
+    For a parameter that is the 2-norm of what is summed. Of two values per channel the input gradient cancels to almost
+    nothing, whatever its terms.
+    """
+    grad_output = sample.grad_output.double().transpose(0, 1).flatten(1)
+    if grad_output.numel() == 0:
         return 0.0
-    return float(sample.grad_output.double().transpose(0, 1).flatten(1).norm(dim=1).max())
+    if name in ("gradient of weight", "gradient of bias"):
+        return float(grad_output.norm(dim=1).max())
+    if name == "gradient of input" and sample.case.training and grad_output.shape[1] == 2:
+        values = sample.input.double().transpose(0, 1).flatten(1)
+        invstd = torch.rsqrt(values.var(dim=1, unbiased=False) + sample.case.eps)
+        scale = invstd if sample.weight is None else invstd * sample.weight.double()
+        return float((grad_output * scale[:, None]).abs().max())
+    return 0.0
 
 
 def check(case: Case, device: torch.device) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlayers import functional
+from fastlayers import backends, functional
 from fastlayers.activations import IDENTITY, Activation
 
 
@@ -50,32 +51,57 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         training = self.training
         # Looked up once: a module finds its tensors slowly, and small inputs feel it.
-        running_mean, running_var = self.running_mean, self.running_var
+        running_mean, running_var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
         # As in torch: statistics of the batch also where there are no running ones, but then nothing is dropped in
         # evaluation mode.
-        own = running_mean is None and running_var is None
-        update = training and self.track_running_stats
-        if training and not update:
-            running_mean = running_var = None
+        batch_statistics = training or (running_mean is None and running_var is None)
+        num_batches_tracked = None
+        if training:
+            if self.track_running_stats:
+                num_batches_tracked = self.num_batches_tracked
+            else:
+                running_mean = running_var = None
+        momentum, eps = self.momentum, self.eps
+        if (
+            momentum is not None
+            and not (training and drop_p)
+            and backends.prefers_torch(input)
+            and _is_plain(residual, input, act)
+        ):
+            try:
+                z = F.batch_norm(input, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
+            except (ValueError, RuntimeError, TypeError, NotImplementedError):
+                pass  # the checks of what follows raise the same and say more
+            else:
+                if num_batches_tracked is not None:
+                    num_batches_tracked.add_(1)
+                return act.apply(z if residual is None else z + residual)
         return functional.batch_norm_act(
             input,
             running_mean,
             running_var,
-            self.weight,
-            self.bias,
-            training or own,
-            self.momentum,
-            self.eps,
+            weight,
+            bias,
+            batch_statistics,
+            momentum,
+            eps,
             residual=residual,
             act=act,
             drop_p=drop_p if training else 0.0,
             drop_mode=drop_mode,
-            num_batches_tracked=self.num_batches_tracked if update else None,
+            num_batches_tracked=num_batches_tracked,
         )
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises `input`; updates the running statistics in training."""
         return self._fused(input)
+
+
+def _is_plain(residual: Tensor | None, input: Tensor, act: Activation) -> bool:
+    """Whether what follows the normalisation is a sum, which neither broadcasts nor promotes, and a function."""
+    if act.random is not None:
+        return False
+    return residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)
 
 
 class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):

@@ -126,6 +126,8 @@ inline constexpr int kPlanesTogether = 4, kBackwardTogether = 2;
 
 // Elements that one vector of sums takes before it is merged in double; a longer piece is cut.
 inline constexpr std::int64_t kChunk = kFloatAdditions * kLanes;
+// Gradients' sums cancel more, and carrying them over costs little.
+inline constexpr std::int64_t kBackwardChunk = kChunk / 2;
 
 // Sums of (x - shift) and its square over pieces of a channel, in vectors of A: float, or double where float overflows.
 template <class T, class A>
@@ -392,8 +394,8 @@ class PlanesBackward {
         masks[u] = PieceMasks(args_.geometry, args_.keep, pieces[u], c);
         runs[u] = run_at(pieces[u], c, masks[u]);
       }
-      for (std::int64_t begin = 0; begin < pieces[0].length; begin += kChunk)
-        add(runs, masks, begin, smaller(begin + kChunk, pieces[0].length), together, s);
+      for (std::int64_t begin = 0; begin < pieces[0].length; begin += kBackwardChunk)
+        add(runs, masks, begin, smaller(begin + kBackwardChunk, pieces[0].length), together, s);
     });
     return s.total();
   }
@@ -437,7 +439,7 @@ class PlanesBackward {
     });
     for (int u = 0; u < kCount; ++u) s.grad[u] = grad[u], s.grad_deviation[u] = grad_deviation[u];
     s.summed += end - begin;
-    if (s.summed >= kChunk) s.carry();
+    if (s.summed >= kBackwardChunk) s.carry();
   }
 
   void write(std::int64_t c, Span span, const InputGradient& coefficients) const {
