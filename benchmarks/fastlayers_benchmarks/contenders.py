@@ -119,7 +119,7 @@ def contenders(device: torch.device) -> list[Contender]:
     found = [
         Contender(EAGER, eager_layer),
         Contender(COMPILE, _compiled(eager_layer), same_mask=False),
-        *(Contender(f"fastlayers-{name}", fused_layer, name) for name in _compiled_backends(device)),
+        *(_fused(f"fastlayers-{name}", name, device) for name in _compiled_backends(device)),
         Contender(FUSED_COMPILED, _compiled(fused_layer), same_mask=False),
         Contender(REFERENCE, fused_layer, REFERENCE),
     ]
@@ -145,6 +145,11 @@ def fused_contender(device: torch.device) -> str:
     """The contender that users of this library get on `device` by default."""
     (chosen,) = {c.backend for c in fl.backends.explain() if c.op == "batch_norm_act" and c.device == device.type}
     return REFERENCE if chosen == REFERENCE else f"fastlayers-{chosen}"
+
+
+def _fused(name: str, backend: str, device: torch.device) -> Contender:
+    # What users get by default is measured as they get it: "auto" may hand small tensors to torch.
+    return Contender(name, fused_layer, "auto" if name == fused_contender(device) else backend)
 
 
 def _compiled_backends(device: torch.device) -> Iterator[str]:

@@ -45,6 +45,7 @@ struct ChannelAffine {
   S mean, scale, shift;
   double mean_rest;
 
+  ChannelAffine() = default;
   FL_INLINE ChannelAffine(double mean_, double invstd, double weight, double bias) {
     mean = static_cast<S>(mean_);
     mean_rest = mean_ - static_cast<double>(mean);

@@ -44,14 +44,14 @@ struct BackwardRun {
 };
 
 // Whether writing `x` should bypass the caches: they do not hold it beside what it is computed from, and all its
-// vectors are aligned. Threads start at multiples of `part` elements of a run.
+// vectors are aligned, where what is written begins at multiples of `part` elements of a run or sample.
 template <class T>
 bool worth_streaming(const Geometry& g, const Target& x, std::int64_t part) {
   constexpr std::int64_t size = sizeof(T);
   const auto aligned = [](std::int64_t bytes) { return bytes % static_cast<std::int64_t>(kVectorBytes<T>) == 0; };
   return x.data && 2 * g.numel() * size >= last_level_cache_bytes() &&
          aligned(static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(x.data))) && aligned(x.outer * size) &&
-         (g.mixed_runs() || aligned(x.inner * size)) && aligned(part * size);
+         aligned(part * size);
 }
 
 template <class T, class Act>

@@ -9,11 +9,23 @@ namespace {
 
 using Storage = FASTLAYERS_STORAGE;
 
+// Whether runs of all channels are swept as rows. Where nothing is summed and no mask of bits is involved, small planes
+// are walked one by one instead, in the order of memory, unless they are tiny.
+bool swept_as_rows(const ForwardArgs& args) {
+  constexpr std::int64_t kTinyPlane = 32;
+  const Geometry& g = args.geometry;
+  const bool one_by_one = !args.training && !g.rows && g.spatial > kTinyPlane && !args.flat_bits && !args.keep.bits;
+  return g.mixed_runs() && !one_by_one;
+}
+bool swept_as_rows(const BackwardArgs& args) {
+  return args.geometry.mixed_runs();
+}
+
 template <template <class, class> class Planes, template <class, class> class Rows, class Args>
 void run_fused(const Args& args) {
   with_activation<SimdMath<Compute<Storage>>>(args.activation.kind, args.activation.params, [&](auto activation) {
     using Act = decltype(activation);
-    if (args.geometry.mixed_runs())
+    if (swept_as_rows(args))
       Rows<Storage, Act>(args, activation).run();
     else
       Planes<Storage, Act>(args, activation).run();

@@ -17,6 +17,7 @@ template <class F>
 void parallel_each(ParallelFor parallel_for, std::int64_t count, std::int64_t elements_each, Walk walk, const F& f) {
   const auto part = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) f(walk == Walk::forward ? i : begin + end - 1 - i);
+    finish_streaming();  // before other threads read what this one wrote
   };
   const std::int64_t grain = 1 + kElementsPerThread / (elements_each + 1);
   if (count <= grain) return part(0, count);

@@ -90,13 +90,16 @@ struct PlaneSplit {
     parallel_each(parallel_for, channels_ * spans, length, [&](std::int64_t i) { f(i, i / spans, span(i % spans)); });
   }
 
-  // Calls f(channel, span) for all planes, whole or in parts, in the order of memory as far as may be.
+  // Calls f(channel, piece) for all planes, whole or in parts, in the order of memory as far as may be.
   void each_plane(ParallelFor parallel_for, const auto& f) const {
-    if (spans > 1) return each_span(parallel_for, [&](std::int64_t, std::int64_t c, Span s) { f(c, s); });
-    parallel_each(parallel_for, per_channel / spatial_ * channels_, spatial_, [&](std::int64_t plane) {
-      const std::int64_t begin = plane / channels_ * spatial_;
-      f(plane % channels_, Span{begin, begin + spatial_});
-    });
+    if (spans > 1) {
+      each_span(parallel_for, [&](std::int64_t, std::int64_t c, Span span) {
+        for_each_piece(span, spatial_, Walk::forward, [&](Piece p) { f(c, p); });
+      });
+      return;
+    }
+    parallel_each(parallel_for, per_channel / spatial_ * channels_, spatial_,
+                  [&](std::int64_t plane) { f(plane % channels_, Piece{plane / channels_, 0, spatial_}); });
   }
 
  private:
@@ -267,10 +270,14 @@ struct PieceMasks {
   }
 };
 
+template <class S>
+FL_INLINE Affine<Vec<S>> splat_affine(const ChannelAffine<S>& k) {
+  return {splat<Vec<S>>(k.mean), splat<Vec<S>>(k.scale), splat<Vec<S>>(k.shift)};
+}
+
 template <class S, class Args>
 Affine<Vec<S>> plane_affine(const Args& args, std::int64_t c) {
-  const ChannelAffine<S> k = channel_affine<S>(args, c);
-  return {splat<Vec<S>>(k.mean), splat<Vec<S>>(k.scale), splat<Vec<S>>(k.shift)};
+  return splat_affine<S>(channel_affine<S>(args, c));
 }
 
 template <class T, class Act>
@@ -282,11 +289,11 @@ class PlanesForward {
       : args_(args),
         split_(args.geometry),
         fused_{activation, splat<Vec<S>>(args.keep.scale),
-               worth_streaming<T>(args.geometry, args.output, kSpanBoundary)} {}
+               worth_streaming<T>(args.geometry, args.output, args.output.inner)} {}
 
   void run() const {
     if (!args_.training) {
-      split_.each_plane(args_.parallel_for, [&](std::int64_t c, Span s) { write(c, s); });
+      write_in_order();
     } else if (split_.spans == 1) {
       split_.each_span(args_.parallel_for, [&](std::int64_t, std::int64_t c, Span whole) {
         finish_statistics(args_, c, c + 1,
@@ -315,22 +322,31 @@ class PlanesForward {
 
   std::int64_t spatial() const { return args_.geometry.spatial; }
 
+  // With the statistics known, nothing keeps a channel's planes together.
+  void write_in_order() const {
+    Scratch<ChannelAffine<S>> affines(args_.geometry.channels);
+    for (std::int64_t c = 0; c < args_.geometry.channels; ++c) affines[c] = channel_affine<S>(args_, c);
+    split_.each_plane(args_.parallel_for,
+                      [&](std::int64_t c, Piece p) { write_piece(c, p, splat_affine<S>(affines[c])); });
+  }
+
   void write(std::int64_t c, Span span) const {
     const Affine<Vec<S>> k = plane_affine<S>(args_, c);
-    for_each_piece(span, spatial(), Walk::reverse, [&](Piece p) {
-      const PieceMasks masks(args_.geometry, args_.keep, p, c);
-      T* output = piece_start<T>(args_.output, p, c);
-      if (masks.dropped) {
-        for_each_vector(p.length, [&](std::int64_t i, auto lanes) { fused_.put(output + i, Vec<S>{}, lanes); });
-        if (args_.flat_bits) std::memset(args_.flat_bits + masks.bits, 0, static_cast<std::size_t>(p.length + 7) / 8);
-        return;
-      }
-      const ForwardRun<T> run{piece_start<T>(args_.input, p, c), piece_start<T>(args_.residual, p, c), output,
-                              advance(args_.flat_bits, masks.bits)};
-      for_each_vector(p.length,
-                      [&](std::int64_t i, auto lanes) { fused_.forward(run, i, k, masks.kept<S>(i, lanes), lanes); });
-    });
-    if (fused_.streaming) finish_streaming();
+    for_each_piece(span, spatial(), Walk::reverse, [&](Piece p) { write_piece(c, p, k); });
+  }
+
+  FL_INLINE void write_piece(std::int64_t c, Piece p, const Affine<Vec<S>>& k) const {
+    const PieceMasks masks(args_.geometry, args_.keep, p, c);
+    T* output = piece_start<T>(args_.output, p, c);
+    if (masks.dropped) {
+      for_each_vector(p.length, [&](std::int64_t i, auto lanes) { fused_.put(output + i, Vec<S>{}, lanes); });
+      if (args_.flat_bits) std::memset(args_.flat_bits + masks.bits, 0, static_cast<std::size_t>(p.length + 7) / 8);
+      return;
+    }
+    const ForwardRun<T> run{piece_start<T>(args_.input, p, c), piece_start<T>(args_.residual, p, c), output,
+                            advance(args_.flat_bits, masks.bits)};
+    for_each_vector(p.length,
+                    [&](std::int64_t i, auto lanes) { fused_.forward(run, i, k, masks.kept<S>(i, lanes), lanes); });
   }
 
   const ForwardArgs& args_;
@@ -348,11 +364,11 @@ class PlanesBackward {
       : args_(args),
         split_(args.geometry),
         fused_{activation, splat<V>(args.keep.scale),
-               worth_streaming<T>(args.geometry, args.grad_input, kSpanBoundary)} {}
+               worth_streaming<T>(args.geometry, args.grad_input, args.grad_input.inner)} {}
 
   void run() const {
     if (!needs_sums(args_)) {
-      split_.each_plane(args_.parallel_for, [&](std::int64_t c, Span s) { write(c, s, {}); });
+      split_.each_span(args_.parallel_for, [&](std::int64_t, std::int64_t c, Span s) { write(c, s, {}); });
     } else if (split_.spans == 1) {
       split_.each_span(args_.parallel_for, [&](std::int64_t, std::int64_t c, Span whole) {
         write(c, whole, finish_sums<S>(args_, c, sums(c, whole)));
@@ -462,7 +478,6 @@ class PlanesBackward {
         if (grad_residual) fused_.put(grad_residual + i, g, lanes);
       });
     });
-    if (fused_.streaming) finish_streaming();
   }
 
   const BackwardArgs& args_;
@@ -476,18 +491,16 @@ void dropout_planes(const DropoutArgs& args) {
   const Geometry& g = args.geometry;
   const PlaneSplit split(g);
   const Vec<S> scale = splat<Vec<S>>(args.keep.scale);
-  split.each_plane(args.parallel_for, [&](std::int64_t c, Span span) {
-    for_each_piece(span, g.spatial, Walk::forward, [&](Piece p) {
-      const PieceMasks masks(g, args.keep, p, c);
-      const T* input = piece_start<T>(args.input, p, c);
-      T* output = piece_start<T>(args.output, p, c);
-      if (masks.dropped) {
-        std::memset(output, 0, static_cast<std::size_t>(p.length) * sizeof(T));
-        return;
-      }
-      for_each_vector(p.length, [&](std::int64_t i, auto lanes) {
-        store(output + i, masks.kept<S>(i, lanes) ? load(input + i, lanes) * scale : Vec<S>{}, lanes);
-      });
+  split.each_plane(args.parallel_for, [&](std::int64_t c, Piece p) {
+    const PieceMasks masks(g, args.keep, p, c);
+    const T* input = piece_start<T>(args.input, p, c);
+    T* output = piece_start<T>(args.output, p, c);
+    if (masks.dropped) {
+      std::memset(output, 0, static_cast<std::size_t>(p.length) * sizeof(T));
+      return;
+    }
+    for_each_vector(p.length, [&](std::int64_t i, auto lanes) {
+      store(output + i, masks.kept<S>(i, lanes) ? load(input + i, lanes) * scale : Vec<S>{}, lanes);
     });
   });
 }

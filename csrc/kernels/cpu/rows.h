@@ -422,7 +422,6 @@ class RowsForward {
         fused_.forward(run, i, k.at(i), m.template kept<S>(i, lanes), lanes);
       });
     }
-    if (fused_.streaming) finish_streaming();
   }
 
   const ForwardArgs& args_;
@@ -587,7 +586,6 @@ class RowsBackward {
         if (grad_residual) fused_.put(grad_residual + i, g, lanes);
       });
     }
-    if (fused_.streaming) finish_streaming();
   }
 
   const BackwardArgs& args_;
