@@ -125,10 +125,10 @@ FL_INLINE bool needs_sums(const BackwardArgs& args) {
   return args.training || args.grad_weight || args.grad_bias;
 }
 
-// Stores a channel's parameter gradients and returns what its input gradient needs.
-template <class S>
+// Stores a channel's parameter gradients and returns what its input gradient needs, for tensors of T.
+template <class T>
 InputGradient finish_sums(const BackwardArgs& args, std::int64_t c, GradientSums sums) {
-  const double rest = channel_affine<S>(args, c).mean_rest;
+  const double rest = channel_affine<Compute<T>>(args, c).mean_rest;
   sums.include_mean_rest(rest);
   if (args.grad_weight) args.grad_weight[c] = sums.grad_deviation * args.invstd[c];
   if (args.grad_bias) args.grad_bias[c] = sums.grad;

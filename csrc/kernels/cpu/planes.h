@@ -371,7 +371,7 @@ class PlanesBackward {
       split_.each_span(args_.parallel_for, [&](std::int64_t, std::int64_t c, Span s) { write(c, s, {}); });
     } else if (split_.spans == 1) {
       split_.each_span(args_.parallel_for, [&](std::int64_t, std::int64_t c, Span whole) {
-        write(c, whole, finish_sums<S>(args_, c, sums(c, whole)));
+        write(c, whole, finish_sums<T>(args_, c, sums(c, whole)));
       });
     } else {
       Scratch<InputGradient> coefficients(args_.geometry.channels);
@@ -388,7 +388,7 @@ class PlanesBackward {
     for (std::int64_t c = 0; c < channels; ++c) {
       GradientSums total;
       for (std::int64_t s = 0; s < split_.spans; ++s) total.add(parts[c * split_.spans + s]);
-      coefficients[c] = finish_sums<S>(args_, c, total);
+      coefficients[c] = finish_sums<T>(args_, c, total);
     }
   }
 

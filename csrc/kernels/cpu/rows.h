@@ -121,8 +121,10 @@ struct Columns {
 };
 
 // mean, scale and shift of a tile's columns.
-template <class S>
+template <class T>
 class RowAffine {
+  using S = Compute<T>;
+
  public:
   template <class Args>
   RowAffine(const Args& args, const Tile& t) {
@@ -411,7 +413,7 @@ class RowsForward {
   }
 
   void write(const Tile& t) const {
-    const RowAffine<S> k(args_, t);
+    const RowAffine<T> k(args_, t);
     TileMasks<1> masks(args_.geometry, args_.keep, t);
     const Walk inside = walk_inside_rows(split_);
     for (std::int64_t row = t.end - 1; row >= t.begin; --row) {
@@ -431,8 +433,9 @@ class RowsForward {
 };
 
 // Both sums of each column of a tile, carried over from S to double as they grow.
-template <class S>
+template <class T>
 struct TileGradientSums {
+  using S = Compute<T>;
   ColumnArray<S> grad, grad_deviation;
   ColumnArray<double> total_grad, total_grad_deviation;
   std::int64_t width;
@@ -481,9 +484,9 @@ class RowsBackward {
       each_tile(args_, split_, Walk::reverse, [&](std::int64_t, const Tile& t) { write(t, nullptr); });
     } else if (split_.tiles == 1) {
       each_tile(args_, split_, Walk::forward, [&](std::int64_t, const Tile& t) {
-        const TileGradientSums<S> s = sums(t);
+        const TileGradientSums<T> s = sums(t);
         for (std::int64_t c = 0; c < t.channels; ++c)
-          coefficients[t.channel + c] = finish_sums<S>(args_, t.channel + c, s.of_channel(columns_, t, c));
+          coefficients[t.channel + c] = finish_sums<T>(args_, t.channel + c, s.of_channel(columns_, t, c));
         write(t, coefficients.data());
       });
     } else {
@@ -499,14 +502,14 @@ class RowsBackward {
     const std::int64_t channels = args_.geometry.channels;
     Scratch<GradientSums> parts(split_.tiles * channels);
     each_tile(args_, split_, Walk::forward, [&](std::int64_t task, const Tile& t) {
-      const TileGradientSums<S> s = sums(t);
+      const TileGradientSums<T> s = sums(t);
       GradientSums* to = parts.data() + task / split_.blocks * channels + t.channel;
       for (std::int64_t c = 0; c < t.channels; ++c) to[c] = s.of_channel(columns_, t, c);
     });
     parallel_each(args_.parallel_for, channels, 16 * split_.tiles, [&](std::int64_t c) {
       GradientSums total;
       for (std::int64_t tile = 0; tile < split_.tiles; ++tile) total.add(parts[tile * channels + c]);
-      coefficients[c] = finish_sums<S>(args_, c, total);
+      coefficients[c] = finish_sums<T>(args_, c, total);
     });
   }
 
@@ -515,10 +518,10 @@ class RowsBackward {
             row_start<T>(args_.residual, row, t), advance(args_.flat_bits, masks.bits)};
   }
 
-  __attribute__((noinline)) TileGradientSums<S> sums(const Tile& t) const {
-    const RowAffine<S> k(args_, t);
+  __attribute__((noinline)) TileGradientSums<T> sums(const Tile& t) const {
+    const RowAffine<T> k(args_, t);
     TileMasks<kRowsAtOnce> masks(args_.geometry, args_.keep, t);
-    TileGradientSums<S> s(t);
+    TileGradientSums<T> s(t);
     std::int64_t since_carry = 0;
     for (std::int64_t row = t.begin; row < t.end; row += kRowsAtOnce) {
       const auto rows = static_cast<int>(smaller(kRowsAtOnce, t.end - row));
@@ -532,8 +535,8 @@ class RowsBackward {
     return s;
   }
 
-  void add_rows(std::int64_t row, int rows, const Tile& t, const RowAffine<S>& k, TileMasks<kRowsAtOnce>& tile_masks,
-                TileGradientSums<S>& s) const {
+  void add_rows(std::int64_t row, int rows, const Tile& t, const RowAffine<T>& k, TileMasks<kRowsAtOnce>& tile_masks,
+                TileGradientSums<T>& s) const {
     RowMasks masks[kRowsAtOnce];
     BackwardRun<T> runs[kRowsAtOnce];
     for (int r = 0; r < rows; ++r) {
@@ -560,7 +563,7 @@ class RowsBackward {
   // The coefficients are null in evaluation mode, where the input gradient needs none.
   void write(const Tile& t, const InputGradient* coefficients) const {
     if (!args_.grad_input.data && !args_.grad_residual.data) return;
-    const RowAffine<S> k(args_, t);
+    const RowAffine<T> k(args_, t);
     ColumnArray<S> by_deviation, constant;
     if (args_.training) {
       columns_.spread(t, by_deviation, [&](std::int64_t c) { return static_cast<S>(coefficients[c].by_deviation); });
