@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -36,6 +36,23 @@ OPTIONS: list[dict[str, Any]] = [
     {"affine": False, "track_running_stats": False},
     {"dtype": torch.float64},
 ]
+
+
+@pytest.fixture(autouse=True, params=["auto", "cpp"])
+def _backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[None]:
+    """By default small tensors go to torch's kernels, so all is tried with the compiled ones alone too."""
+    if request.param == "cpp" and device.type != "cpu":
+        pytest.skip(f"the cpp backend does not serve {device}")
+    with fl.use_backend(request.param):
+        yield
+
+
+@pytest.mark.parametrize(("drop_p", "spatial", "own"), [(0.0, 8, False), (0.5, 8, True), (0.0, 64, True)])
+def test_small_tensors_without_dropout_go_to_torch(drop_p: float, spatial: int, own: bool) -> None:
+    x = torch.randn(4, 16, spatial, spatial, requires_grad=True)
+    output = fl.BatchNormAct2d(16, act_layer="identity", drop_p=drop_p)(x)
+    assert output.grad_fn is not None
+    assert ("_BatchNormAct" in output.grad_fn.name()) == (own or fl.get_backend() == "cpp")
 
 
 def _input(rank: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

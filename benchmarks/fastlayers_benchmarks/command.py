@@ -160,6 +160,7 @@ class _Options:
         except re.error as error:
             raise click.BadParameter(f"{only!r} is no regular expression: {error}", param_hint="--only") from error
         self.device = torch.device(device)
+        # Typed as str; the command passes names of grids only.
         self.grid: cases.Grid = grid or "default"  # type: ignore[assignment]
         self.names = list(names)
         self.phases = [phase for phase in cases.PHASES if not phases or phase in phases]

@@ -212,6 +212,7 @@ class Step:
             model, images = case.build(kind), torch.randn(case.shape)
         if len(case.shape) > 2:
             layout = LAYOUTS[case.layout]
+            # No overload in the types takes a memory format alone.
             model = model.to(memory_format=layout)  # type: ignore[call-overload]
             images = images.contiguous(memory_format=layout)
         model, self._images = model.to(device), images.to(device)
