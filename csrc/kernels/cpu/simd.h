@@ -351,11 +351,6 @@ FL_INLINE Mask<S> load_mask_bytes(const std::uint8_t* p, Lanes lanes) {
 #endif
 }
 
-// Fetches a cache line that will be read soon. Any address will do.
-FL_INLINE void prefetch(const void* p) {
-  __builtin_prefetch(p);
-}
-
 // Calls f(i, lanes) for the elements i, i + 1, ... of each vector that covers [0, n).
 template <class F>
 FL_INLINE void for_each_vector(std::int64_t n, F&& f) {
