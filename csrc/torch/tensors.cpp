@@ -175,7 +175,7 @@ Geometry geometry_of(const Tensor& dense) {
 }
 
 Geometry flat_geometry(const Tensor& t) {
-  return {false, 1, 1, t.numel()};
+  return {{false, 1, 1, t.numel()}};
 }
 
 View as_source(const Geometry& g, const Tensor& t) {

@@ -4,25 +4,13 @@
 #include <cstdint>
 
 #include "../common/dtypes.h"
+#include "../common/operands.h"
 
 namespace fastlayers {
 
-enum class Activation : std::int64_t;
-
-// Where a tensor's elements lie. A tensor of N samples, C channels and S positions each is either
-//   planes  the S positions of one sample and channel are adjacent (contiguous tensors), or
-//   rows    the C channels of one sample and position are adjacent (channels_last tensors, and (N, C));
-//           then there are N * S rows at one distance from each other.
-//
 // The kernels sweep runs of adjacent elements: a plane, or all planes of a sample where these are small; a row, or
-// several where these are narrow. Runs of several planes or rows have no gaps inside.
-struct Geometry {
-  bool rows = false;
-  std::int64_t batch = 0, channels = 0, spatial = 0;
-
-  std::int64_t numel() const { return batch * channels * spatial; }
-  std::int64_t count_per_channel() const { return batch * spatial; }
-
+// several where these are narrow. Runs of several planes or rows have no gaps inside, and one step takes all channels.
+struct Geometry : Shape {
   static constexpr std::int64_t kSmallPlane = 128, kNarrowRow = 32, kRowsPerRun = 16;
   // Whether a run holds all channels, or the planes of one.
   bool mixed_runs() const { return rows || spatial <= kSmallPlane; }
@@ -37,21 +25,6 @@ struct Geometry {
   // A bit mask starts each run at a byte of its own, so that no two threads write one byte.
   std::int64_t mask_stride() const { return (run_length() + 7) / 8; }
   std::int64_t mask_bytes() const { return runs() * mask_stride(); }
-};
-
-// Strides count elements. Where runs hold all channels `outer` leads to the next run; elsewhere `outer` leads to the
-// next sample and `inner` to the next channel.
-template <class Pointer>
-struct Strided {
-  Pointer data = nullptr;
-  std::int64_t outer = 0, inner = 0;
-};
-using Source = Strided<const void*>;
-using Target = Strided<void*>;
-
-struct ActivationSpec {
-  Activation kind{};
-  const double* params = nullptr;
 };
 
 // Which elements dropout keeps: at most one of the two is given. Kept elements are multiplied by `scale`.
