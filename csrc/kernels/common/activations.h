@@ -255,7 +255,7 @@ struct Softplus {
 
 // Calls f with the activation that `kind` names, set up with its parameters.
 template <class M, class F>
-void with_activation(Activation kind, const double* params, F&& f) {
+FL_DEVICE_TOO void with_activation(Activation kind, const double* params, F&& f) {
   switch (kind) {
     case Activation::identity: return f(Identity<M>(params));
     case Activation::relu: return f(Relu<M>(params));

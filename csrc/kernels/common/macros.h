@@ -3,8 +3,10 @@
 
 #ifdef __CUDACC__
 #define FL_INLINE __host__ __device__ __forceinline__
+#define FL_DEVICE_TOO __host__ __device__
 #else
 #define FL_INLINE inline __attribute__((always_inline))
+#define FL_DEVICE_TOO
 #endif
 
 // The same templates are compiled several times with different instruction sets. Without a namespace

@@ -1,4 +1,5 @@
-// What the CPU and the CUDA kernels take alike: the shape of a tensor, where its elements lie, the activation. No torch.
+// What the CPU and the CUDA kernels take alike: the shape of a tensor, where its elements lie, the activation. No
+// torch.
 #pragma once
 
 #include <cstdint>

@@ -6,7 +6,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 
 #include "../common/dtypes.h"
 #include "../common/operands.h"
@@ -26,11 +25,16 @@ struct PerChannel {
 using ChannelSource = PerChannel<const void*>;
 using ChannelTarget = PerChannel<void*>;
 
+struct ActivationCall {
+  Activation kind{};
+  double params[3] = {};
+};
+
 // Which elements dropout keeps: at most one of the two is given. Kept elements are multiplied by `scale`, 1 / (1 - p),
 // or 0 where nothing is kept.
 struct Keep {
-  const void* planes = nullptr;  // (batch, channels); an element of any type is kept where it is not zero
-  int plane_bytes = 1;           // the size of that type: 1, 2, 4 or 8
+  const void* planes = nullptr;        // (batch, channels); an element of any type is kept where it is not zero
+  int plane_bytes = 1;                 // the size of that type: 1, 2, 4 or 8
   const std::int64_t* seed = nullptr;  // of the elements' random numbers (philox.h)
   double scale = 1;
 };
@@ -38,7 +42,7 @@ struct Keep {
 struct ForwardArgs {
   Shape shape;
   Dtype dtype{};
-  ActivationSpec activation;  // params: host memory, read before the call returns
+  ActivationCall activation;
   Keep keep;
   Source input, residual;             // residual.data may be null
   Target output;                      // dense, in order
@@ -47,15 +51,15 @@ struct ForwardArgs {
   ChannelTarget running_mean, running_var;  // data may be null in training; read only in evaluation
   std::int64_t* num_batches_tracked = nullptr;
   bool training = false;
-  std::optional<double> momentum;  // none: cumulative average, by num_batches_tracked
-  double eps = 0;
+  double momentum = 0, eps = 0;
+  bool cumulative = false;  // the running statistics are those of all batches alike; momentum is not used
   double *mean = nullptr, *invstd = nullptr;  // written: what backward needs
 };
 
 struct BackwardArgs {
   Shape shape;
   Dtype dtype{};
-  ActivationSpec activation;
+  ActivationCall activation;
   Keep keep;
   Source grad_output, input, residual;      // residual.data may be null
   const std::uint8_t* flat_bits = nullptr;  // instead of the residual, for two-valued derivatives

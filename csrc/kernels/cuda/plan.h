@@ -11,24 +11,37 @@ namespace fastlayers::cuda {
 
 // What a plan has to know of the GPU.
 struct Device {
-  int processors = 0;              // streaming multiprocessors
-  std::size_t shared_bytes = 0;    // that one block may use
+  int processors = 0;            // streaming multiprocessors
+  std::size_t shared_bytes = 0;  // that one block may use
   std::size_t shared_per_processor = 0;
-  int max_cluster = 1;             // blocks of one cluster: 1 before compute capability 9.0, else 8
+  int max_cluster = 1;  // blocks of one cluster: 1 before compute capability 9.0, else 8
 };
 // Of a GPU of this machine, by its index.
 Device device(int index);
 
 enum class Path {
-  planes_on_chip,  // a block or cluster for each channel, which keeps its data between its two passes
-  planes_split,    // several blocks for each channel, in two kernels
-  rows_one_block,  // a block for some channels, which keeps its data between its two passes
-  rows_on_chip,    // one cooperative kernel, whose blocks keep their rows between its two passes
-  rows_split,      // many blocks, in three kernels
+  planes_on_chip,    // a block or cluster for each channel, which keeps its data between its two passes
+  planes_split,      // several blocks for each channel, in two kernels
+  rows_one_block,    // a block for some channels, which keeps its data between its two passes
+  rows_on_chip,      // one cooperative kernel, whose blocks keep their rows between its two passes
+  rows_split,        // many blocks, in three kernels
   planes_pointwise,  // one pass over planes: nothing is summed
   rows_pointwise,    // one pass over rows
 };
 const char* name(Path);
+
+// Which activations a kernel is compiled for: a switch over all of them inside a loop costs registers and code that the
+// plainest do not need.
+enum class Activations { rectifiers, all };
+Activations activations_for(Activation kind);
+
+// How many groups of 8 elements each thread has in hand at once, so that enough loads are under way: four of 16 bytes
+// from a tensor for rectifiers, two for all activations, whose code is long.
+constexpr int groups_in_hand(std::size_t element_bytes, Activations which, bool backward_rows = false) {
+  const int words = static_cast<int>(element_bytes * 8 / 16);
+  const int loads = which == Activations::all || backward_rows ? 2 : 4;
+  return loads > words ? loads / words : 1;
+}
 
 struct Plan {
   Path path{};
@@ -36,13 +49,18 @@ struct Plan {
   int threads = 0;
   // Blocks along a channel's data (planes: of one channel, rows: of the rows), and how many of them form a cluster.
   int splits = 1, cluster = 1;
-  // rows: how many rows are taken as one, so that groups of 8 elements do not straddle two of them; how many groups of
-  // 8 elements one block is wide; how many such columns of blocks there are.
-  int rows_per_run = 1, tile_groups = 1, tiles = 1;
+  // rows: how many groups of 8 elements one block is wide, and how many blocks a run of rows is.
+  int tile_groups = 1, tiles = 1;
   // How many of its tiles each block keeps in shared memory between its passes, and all shared memory of a block.
   std::int64_t kept_tiles = 0;
   std::size_t shared_bytes = 0, workspace_bytes = 0;
 };
+
+// How many rows are taken as one run, so that it fills whole groups of 8 elements.
+std::int64_t rows_per_run(const Shape&);
+// Groups of 8 elements: of a plane, and of a run of rows.
+std::int64_t groups_per_plane(const Shape&);
+std::int64_t groups_per_run(const Shape&);
 
 Plan plan_forward(const ForwardArgs&, const Device&);
 Plan plan_backward(const BackwardArgs&, const Device&);

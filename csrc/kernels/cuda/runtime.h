@@ -31,8 +31,8 @@ inline constexpr std::size_t kSharedBytesUnasked = 48 * 1024;
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream, const Arguments&... arguments) {
   if (shape.shared_bytes > kSharedBytesUnasked) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shape.shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attributes[2];
@@ -109,11 +109,21 @@ Error launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream, co
   return 0;
 }
 
-inline unsigned char* dynamic_shared() { return emulation::dynamic_shared(); }
-inline void grid_sync() { emulation::grid_sync(); }
-inline int cluster_rank() { return emulation::cluster_rank(); }
-inline int cluster_size() { return emulation::cluster_size(); }
-inline void cluster_sync() { emulation::cluster_sync(); }
+inline unsigned char* dynamic_shared() {
+  return emulation::dynamic_shared();
+}
+inline void grid_sync() {
+  emulation::grid_sync();
+}
+inline int cluster_rank() {
+  return emulation::cluster_rank();
+}
+inline int cluster_size() {
+  return emulation::cluster_size();
+}
+inline void cluster_sync() {
+  emulation::cluster_sync();
+}
 template <class T>
 T* cluster_peer(T* shared, int rank) {
   return emulation::cluster_peer(shared, rank);

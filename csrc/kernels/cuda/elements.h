@@ -1,0 +1,89 @@
+// What the kernels do with one group of elements, whatever the layout: the fused forward and backward arithmetic.
+#pragma once
+
+#include "../common/batch_norm.h"
+#include "channels.h"
+#include "scalar_math.h"
+#include "storage.h"
+
+namespace fastlayers::cuda {
+
+// A number per element of a group: the same for all where they are of one channel, or each its own.
+template <class V>
+struct Uniform {
+  V value;
+  __device__ __forceinline__ const V& operator[](int) const { return value; }
+};
+template <class V>
+struct PerElement {
+  V values[kGroup];
+  __device__ __forceinline__ const V& operator[](int i) const { return values[i]; }
+};
+
+// act(normalised + residual), dropped or scaled. Elements that are not in `kept` come out as zeros. Stores the byte of
+// flat bits where `flat_bits` is not null.
+template <Activations kWhich, class T, class Affines>
+__device__ __forceinline__ Group<T> forward_group(const ForwardArgs& args, const Group<T>& x, const Group<T>& residual,
+                                                  const Affines& affine, unsigned kept, std::uint8_t* flat_bits) {
+  using S = Compute<T>;
+  S z[kGroup];
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    z[i] = normalize<S>(x[i], affine[i].mean, affine[i].scale, affine[i].shift);
+    if (args.residual.data) z[i] += residual[i];
+  }
+  const auto scale = static_cast<S>(args.keep.scale);
+  Group<T> output;
+  with_call<kWhich, S>(args.activation, [&](auto activation) {
+    using Act = decltype(activation);
+    if constexpr (Act::two_valued) {
+      if (flat_bits) {
+        unsigned bits = 0;
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) bits |= static_cast<unsigned>(static_cast<bool>(activation.flat(z[i]))) << i;
+        *flat_bits = static_cast<std::uint8_t>(bits);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) output.set(i, kept >> i & 1 ? activation.value(z[i]) * scale : S(0));
+  });
+  return output;
+}
+
+// The gradients of what goes into the activation, to g; zero where not kept, whatever the gradient there is. `flat` has
+// a bit per element where the flat bits of forward are given instead of the residual.
+template <Activations kWhich, class T, class Affines>
+__device__ __forceinline__ void backward_group(const BackwardArgs& args, const Group<T>& grad_output, const Group<T>& x,
+                                               const Group<T>& residual, unsigned flat, const Affines& affine,
+                                               unsigned kept, Compute<T> (&g)[kGroup]) {
+  using S = Compute<T>;
+  const auto scale = static_cast<S>(args.keep.scale);
+  with_call<kWhich, S>(args.activation, [&](auto activation) {
+    using Act = decltype(activation);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const S scaled = grad_output[i] * scale;
+      S before;
+      if constexpr (Act::two_valued) {
+        const S z = normalize<S>(x[i], affine[i].mean, affine[i].scale, affine[i].shift);
+        const bool is_flat = args.flat_bits ? flat >> i & 1 : static_cast<bool>(activation.flat(z + residual[i]));
+        before = activation.gradient_if(scaled, is_flat);
+      } else {
+        S z = normalize<S>(x[i], affine[i].mean, affine[i].scale, affine[i].shift);
+        if (args.residual.data) z += residual[i];
+        before = activation.gradient(scaled, z);
+      }
+      g[i] = kept >> i & 1 ? before : S(0);
+    }
+  });
+}
+
+// The gradient of the input from that, g. In evaluation mode the statistics are constants.
+template <class S, class Gradients>
+__device__ __forceinline__ S input_gradient_at(const BackwardArgs& args, const Gradients& gradient, int i, S g, S x) {
+  const auto& k = gradient[i];
+  if (!args.training) return g * k.affine.scale;
+  return input_gradient<S>(g, x, k.affine.mean, k.affine.scale, k.by_deviation, k.constant);
+}
+
+}  // namespace fastlayers::cuda

@@ -1,0 +1,268 @@
+// The table of kernels: which path a call takes, and how its kernels are launched. Host code alone.
+#include "plan.h"
+
+#include <algorithm>
+#include <numeric>
+#include <sstream>
+
+#include "../common/activations.h"
+#include "launch_limits.h"
+
+namespace fastlayers::cuda {
+namespace {
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
+std::size_t element_bytes(Dtype dtype) {
+  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+}
+
+// What planning asks of a call, forward or backward.
+struct Request {
+  Shape shape;
+  std::size_t element_bytes;
+  Activations activations;
+  bool backward;
+  bool sums;  // something is summed over channels
+
+  // Of one group that a block keeps: x, and in backward the gradient of the output with it.
+  std::size_t kept_group_bytes() const { return kGroup * element_bytes * (backward ? 2 : 1); }
+  int in_hand() const { return groups_in_hand(element_bytes, activations, backward && shape.rows); }
+};
+
+// A block that shares its processor with one more: what each may have of shared memory, of which each launch takes 1
+// KB.
+std::size_t half_of_shared(const Device& device) {
+  return std::min(device.shared_bytes, device.shared_per_processor / 2 - 1024);
+}
+
+class Planes {
+ public:
+  Planes(const Request& request, const Device& device)
+      : request_(request), device_(device), groups_(request.shape.batch * groups_per_plane(request.shape)) {}
+
+  Plan plan() const {
+    if (!request_.sums) return split(Path::planes_pointwise, "nothing is summed, one pass is enough");
+    for (const std::size_t budget : {half_of_shared(device_), device_.shared_bytes})
+      for (int cluster = 1; cluster <= device_.max_cluster; cluster *= 2) {
+        const Plan plan = on_chip(cluster, budget);
+        const bool fits = plan.kept_tiles * cluster >= tiles(plan.threads);
+        if (fits && fills_device(cluster)) return plan;
+      }
+    return split(Path::planes_split, few_channels() ? "so few channels that each needs many blocks"
+                                                    : "a channel is larger than what its blocks keep in shared memory");
+  }
+
+ private:
+  // Up to this many groups one block takes less time than a second kernel.
+  static constexpr std::int64_t kSmallGroups = 2048;
+
+  bool few_channels() const { return request_.shape.channels * device_.max_cluster < device_.processors; }
+  // Whether blocks of this many for each channel are enough of them, or small enough not to matter.
+  bool fills_device(int cluster) const {
+    return ceil_div(groups_, cluster) <= kSmallGroups || request_.shape.channels * cluster >= device_.processors;
+  }
+
+  int threads(std::int64_t groups_per_block) const {
+    const std::int64_t wanted = ceil_div(groups_per_block, request_.in_hand());
+    return static_cast<int>(std::clamp<std::int64_t>(ceil_div(wanted, 32) * 32, 64, kMaxThreads));
+  }
+  std::int64_t tiles(int threads) const { return ceil_div(groups_, std::int64_t{threads} * request_.in_hand()); }
+  std::size_t tile_bytes(int threads) const {
+    return static_cast<std::size_t>(threads) * static_cast<std::size_t>(request_.in_hand()) *
+           request_.kept_group_bytes();
+  }
+
+  Plan on_chip(int cluster, std::size_t budget) const {
+    Plan plan;
+    plan.path = Path::planes_on_chip;
+    plan.why = "a channel fits into the shared memory of a block or cluster";
+    plan.splits = plan.cluster = cluster;
+    plan.threads = threads(ceil_div(groups_, cluster));
+    const std::size_t room = budget > kPlanesSharedBytes ? budget - kPlanesSharedBytes : 0;
+    plan.kept_tiles = std::min<std::int64_t>(static_cast<std::int64_t>(room / tile_bytes(plan.threads)),
+                                             ceil_div(tiles(plan.threads), cluster));
+    plan.shared_bytes = kPlanesSharedBytes + static_cast<std::size_t>(plan.kept_tiles) * tile_bytes(plan.threads);
+    return plan;
+  }
+
+  Plan split(Path path, const char* why) const {
+    Plan plan;
+    plan.path = path;
+    plan.why = why;
+    plan.threads = threads(groups_);
+    const std::int64_t wanted =
+        ceil_div(std::int64_t{device_.processors} * kBlocksPerProcessor, request_.shape.channels);
+    plan.splits = static_cast<int>(std::clamp<std::int64_t>(wanted, 1, tiles(plan.threads)));
+    plan.shared_bytes = kPlanesSharedBytes;
+    if (path == Path::planes_split)
+      plan.workspace_bytes = static_cast<std::size_t>(request_.shape.channels * plan.splits) * kPairBytes;
+    return plan;
+  }
+
+  static constexpr int kBlocksPerProcessor = 8;
+
+  Request request_;
+  Device device_;
+  std::int64_t groups_;  // of a channel
+};
+
+class Rows {
+ public:
+  Rows(const Request& request, const Device& device)
+      : request_(request),
+        device_(device),
+        rows_per_run_(rows_per_run(request.shape)),
+        runs_(ceil_div(request.shape.count_per_channel(), rows_per_run_)),
+        groups_(groups_per_run(request.shape)) {}
+
+  Plan plan() const {
+    if (!request_.sums) return split(Path::rows_pointwise, "nothing is summed, one pass is enough");
+    if (const Plan plan = one_block(); fits(plan)) return plan;
+    if (const Plan plan = on_chip(); fits(plan)) return plan;
+    return split(Path::rows_split, "the tensor is larger than what all blocks together keep in shared memory");
+  }
+
+ private:
+  // One block that goes down all rows of some channels may have so many groups in a row for each thread.
+  static constexpr std::int64_t kRunsPerLane = 16;
+  static constexpr int kNarrowTile = 8, kWideTile = 32, kBlocksPerProcessor = 4;
+
+  void set_tile(Plan& plan, std::int64_t width) const {
+    plan.threads = kRowThreads;
+    plan.tiles = static_cast<int>(ceil_div(groups_, std::min(width, groups_)));
+    plan.tile_groups = static_cast<int>(ceil_div(groups_, plan.tiles));
+    plan.tiles = static_cast<int>(ceil_div(groups_, plan.tile_groups));
+  }
+  std::int64_t lanes(const Plan& plan) const { return plan.threads / plan.tile_groups; }
+  std::int64_t row_tiles(const Plan& plan) const { return ceil_div(runs_, lanes(plan) * request_.in_hand()); }
+  std::int64_t tile_channels(const Plan& plan) const {
+    return std::min<std::int64_t>(std::int64_t{plan.tile_groups} * kGroup, request_.shape.channels);
+  }
+
+  bool fits(const Plan& plan) const { return plan.tiles > 0 && plan.kept_tiles * plan.splits >= row_tiles(plan); }
+
+  // Keeps as many of its tiles as there is room for.
+  void keep(Plan& plan) const {
+    const std::size_t fixed = rows_shared_bytes(plan.threads, tile_channels(plan));
+    const std::size_t tile = static_cast<std::size_t>(plan.threads) * static_cast<std::size_t>(request_.in_hand()) *
+                             request_.kept_group_bytes();
+    const std::size_t budget = half_of_shared(device_);
+    const std::size_t room = budget > fixed ? budget - fixed : 0;
+    plan.kept_tiles =
+        std::min<std::int64_t>(static_cast<std::int64_t>(room / tile), ceil_div(row_tiles(plan), plan.splits));
+    plan.shared_bytes = fixed + static_cast<std::size_t>(plan.kept_tiles) * tile;
+    plan.workspace_bytes = partial_bytes(plan);
+  }
+  std::size_t partial_bytes(const Plan& plan) const {
+    return static_cast<std::size_t>(plan.splits * groups_ * kGroup) * kPairBytes;
+  }
+
+  Plan one_block() const {
+    Plan plan;
+    plan.path = Path::rows_one_block;
+    plan.why = "few rows: a block takes all of them for its channels";
+    // Narrow, for many blocks, but no less than the 32 bytes that memory is read by.
+    const std::int64_t sector =
+        std::max<std::int64_t>(1, 32 / static_cast<std::int64_t>(kGroup * request_.element_bytes));
+    set_tile(plan, rows_per_run_ > 1 ? std::min<std::int64_t>(groups_, kWideTile) : sector);
+    if (runs_ > lanes(plan) * kRunsPerLane || (rows_per_run_ > 1 && plan.tiles > 1)) return {};
+    keep(plan);
+    return plan;
+  }
+
+  Plan on_chip() const {
+    Plan plan;
+    plan.path = Path::rows_on_chip;
+    plan.why = "the tensor fits into the shared memory of all blocks together";
+    set_tile(plan, kNarrowTile);
+    const std::int64_t blocks = std::int64_t{device_.processors} * kRowBlocks;
+    if (plan.tiles > blocks) return {};
+    plan.splits = static_cast<int>(std::min(blocks / plan.tiles, row_tiles(plan)));
+    keep(plan);
+    return plan;
+  }
+
+  Plan split(Path path, const char* why) const {
+    Plan plan;
+    plan.path = path;
+    plan.why = why;
+    set_tile(plan, kWideTile);
+    const std::int64_t wanted = ceil_div(std::int64_t{device_.processors} * kBlocksPerProcessor, plan.tiles);
+    plan.splits = static_cast<int>(std::clamp<std::int64_t>(wanted, 1, row_tiles(plan)));
+    plan.shared_bytes = rows_shared_bytes(plan.threads, tile_channels(plan));
+    if (path == Path::rows_split)
+      plan.workspace_bytes = partial_bytes(plan) + static_cast<std::size_t>(request_.shape.channels) * kMaxNumbersBytes;
+    return plan;
+  }
+
+  Request request_;
+  Device device_;
+  std::int64_t rows_per_run_, runs_, groups_;
+};
+
+Plan plan_for(const Request& request, const Device& device) {
+  return request.shape.rows ? Rows(request, device).plan() : Planes(request, device).plan();
+}
+
+}  // namespace
+
+const char* name(Path path) {
+  switch (path) {
+    case Path::planes_on_chip: return "planes_on_chip";
+    case Path::planes_split: return "planes_split";
+    case Path::rows_one_block: return "rows_one_block";
+    case Path::rows_on_chip: return "rows_on_chip";
+    case Path::rows_split: return "rows_split";
+    case Path::planes_pointwise: return "planes_pointwise";
+    case Path::rows_pointwise: return "rows_pointwise";
+  }
+  return "";
+}
+
+Activations activations_for(Activation kind) {
+  return kind == Activation::identity || kind == Activation::relu ? Activations::rectifiers : Activations::all;
+}
+
+std::int64_t rows_per_run(const Shape& shape) {
+  return kGroup / std::gcd(shape.channels, std::int64_t{kGroup});
+}
+
+std::int64_t groups_per_plane(const Shape& shape) {
+  return shape.spatial % kGroup == 0 ? shape.spatial / kGroup : (shape.spatial + 2 * kGroup - 2) / kGroup;
+}
+
+std::int64_t groups_per_run(const Shape& shape) {
+  return rows_per_run(shape) * shape.channels / kGroup;
+}
+
+std::int64_t flat_bits_bytes(const Shape& shape) {
+  if (shape.rows) return ceil_div(shape.numel(), kGroup);
+  return shape.batch * shape.channels * groups_per_plane(shape);
+}
+
+Plan plan_forward(const ForwardArgs& args, const Device& device) {
+  return plan_for({args.shape, element_bytes(args.dtype), activations_for(args.activation.kind), false, args.training},
+                  device);
+}
+
+Plan plan_backward(const BackwardArgs& args, const Device& device) {
+  const bool sums = args.training || args.grad_weight.data || args.grad_bias.data;
+  return plan_for({args.shape, element_bytes(args.dtype), activations_for(args.activation.kind), true, sums}, device);
+}
+
+std::string describe(const Plan& plan) {
+  std::ostringstream text;
+  text << name(plan.path) << ": " << plan.why << "; " << plan.threads << " threads a block, ";
+  if (plan.cluster > 1)
+    text << "clusters of " << plan.cluster << " blocks for each channel, ";
+  else
+    text << plan.splits << " blocks along the data, ";
+  if (plan.tiles > 1) text << plan.tiles << " across it, ";
+  text << plan.shared_bytes << " bytes of shared memory a block, " << plan.workspace_bytes << " of workspace";
+  return text.str();
+}
+
+}  // namespace fastlayers::cuda
