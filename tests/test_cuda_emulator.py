@@ -131,11 +131,17 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("barrier_for_some", r"deadlock: in block .*, 63 threads at __syncthreads \(probes.cpp:\d+\); 1 thread ended"),
+            (
+                "barrier_for_some",
+                r"deadlock: in block .*, 63 threads at __syncthreads \(probes.cpp:\d+\); 1 thread ended",
+            ),
             ("two_barriers", r"divergent barrier: __syncthreads at probes.cpp:\d+, while other threads wait at"),
             ("lane_that_leaves", r"deadlock: .*; 31 threads in __syncwarp \(.*\) that lacks the lanes 0x00000008"),
             ("lane_at_a_barrier", r"deadlock: .* at __syncthreads \(.*in __syncwarp .* lacks the lanes 0x00000008"),
-            ("different_masks", r"deadlock: .*, 32 threads ended; 32 threads in __syncwarp .* lacks the lanes 0xffff0000"),
+            (
+                "different_masks",
+                r"deadlock: .*, 32 threads ended; 32 threads in __syncwarp .* lacks the lanes 0xffff0000",
+            ),
             ("lane_outside_its_mask", r"__syncwarp at .*: this lane is not in the mask 0x00000001"),
             ("source_outside_its_mask", r"a shuffle at .*: reads lane 20, which is not in the mask 0x0000ffff"),
             ("vote_and_shuffle", r"divergent warp: a shuffle at .*, while other lanes are in a vote at"),

@@ -66,8 +66,8 @@ struct ThreadIndices {
   uint3 index{};
   const BlockIndices* block = nullptr;
 };
-// Of the thread that runs.
-extern constinit thread_local const ThreadIndices* indices;
+// Of the fiber that runs. Not thread-local: only one thread of the system runs kernels at a time.
+extern constinit const ThreadIndices* indices;
 
 // In which order threads, and blocks, get their turns.
 enum class Order { up, down, random };

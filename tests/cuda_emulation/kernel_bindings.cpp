@@ -1,11 +1,15 @@
 // kernels.h and plan.h in Python, member by member. Addresses are integers; whoever passes one keeps the memory alive.
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "bindings.h"
+#include "kernels/common/activations.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/plan.h"
 
@@ -62,9 +66,11 @@ void bind_operands(py::module_& m) {
   bind_tensor<void>(m, "Target");
   bind_channels<const void>(m, "ChannelSource");
   bind_channels<void>(m, "ChannelTarget");
-  py::class_<ActivationSpec>(m, "ActivationSpec")
-      .def(py::init([](std::int64_t kind, Address params) {
-             return ActivationSpec{static_cast<Activation>(kind), as_pointer<const double>(params)};
+  py::class_<ActivationCall>(m, "ActivationCall")
+      .def(py::init([](std::int64_t kind, const std::array<double, kActivationParams>& params) {
+             ActivationCall call{static_cast<Activation>(kind), {}};
+             std::ranges::copy(params, call.params);
+             return call;
            }),
            py::arg("kind"), py::arg("params"));
   py::class_<Keep> keep(m, "Keep");
@@ -99,6 +105,7 @@ void bind_all_arguments(py::module_& m) {
       .def_readwrite("running_mean", &ForwardArgs::running_mean)
       .def_readwrite("running_var", &ForwardArgs::running_var)
       .def_readwrite("momentum", &ForwardArgs::momentum)
+      .def_readwrite("cumulative", &ForwardArgs::cumulative)
       .def_readwrite("eps", &ForwardArgs::eps);
   def_address(forward, "num_batches_tracked", &ForwardArgs::num_batches_tracked);
   bind_arguments<BackwardArgs>(m, "BackwardArgs")
@@ -126,13 +133,18 @@ void bind_plan(py::module_& m) {
       .def_readonly("threads", &Plan::threads)
       .def_readonly("splits", &Plan::splits)
       .def_readonly("cluster", &Plan::cluster)
-      .def_readonly("rows_per_run", &Plan::rows_per_run)
       .def_readonly("tile_groups", &Plan::tile_groups)
       .def_readonly("tiles", &Plan::tiles)
       .def_readonly("kept_tiles", &Plan::kept_tiles)
       .def_readonly("shared_bytes", &Plan::shared_bytes)
       .def_readonly("workspace_bytes", &Plan::workspace_bytes)
       .def("__str__", describe);
+  m.def("path_names", [] {
+    std::vector<std::string> names;
+    for (int path = 0; path <= static_cast<int>(Path::rows_pointwise); ++path)
+      names.emplace_back(name(static_cast<Path>(path)));
+    return names;
+  });
   m.def("plan_forward", plan_forward);
   m.def("plan_backward", plan_backward);
 }

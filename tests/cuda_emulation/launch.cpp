@@ -19,7 +19,7 @@
 
 namespace fastlayers::cuda::emulation {
 
-constinit thread_local const ThreadIndices* indices = nullptr;
+constinit const ThreadIndices* indices = nullptr;
 
 namespace {
 
