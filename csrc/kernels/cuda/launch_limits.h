@@ -8,8 +8,9 @@ namespace fastlayers::cuda {
 
 inline constexpr int kGroup = 8;         // elements that are moved together
 inline constexpr int kMaxThreads = 512;  // of a block of the planes kernels
-inline constexpr int kRowThreads = 256;  // of a block of the rows kernels, of which a processor holds kRowBlocks
-inline constexpr int kRowBlocks = 2;
+inline constexpr int kRowThreads = 128;  // of a block of the rows kernels, of which a processor holds kRowBlocks
+inline constexpr int kRowBlocks = 3;
+inline constexpr int kFinishedChannels = 2;  // that a block of them sums up at a time
 inline constexpr int kWarp = 32;
 inline constexpr int kMaxWarps = 32;
 
@@ -18,9 +19,8 @@ inline constexpr std::size_t kMaxNumbersBytes = 64;  // what a kernel works out 
 // Of a block of the planes kernels, besides the tiles that it keeps.
 inline constexpr std::size_t kPlanesSharedBytes = kPairBytes * (kMaxWarps + 1) + kMaxNumbersBytes;
 // Of a block of the rows kernels, besides the tiles that it keeps.
-constexpr std::size_t rows_shared_bytes(int threads, std::int64_t tile_channels) {
-  return kPairBytes * (kGroup + 1) * static_cast<std::size_t>(threads) +
-         static_cast<std::size_t>(tile_channels) * kMaxNumbersBytes;
+constexpr std::size_t rows_shared_bytes(unsigned threads) {
+  return kPairBytes * (kGroup + 1) * threads;
 }
 
 }  // namespace fastlayers::cuda

@@ -19,6 +19,12 @@ std::size_t element_bytes(Dtype dtype) {
   return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
 }
 
+// What each of the blocks that share a processor may have of its shared memory, of which the system takes 1 KB for
+// each.
+std::size_t share_of_shared(const Device& device, std::size_t blocks) {
+  return std::min(device.shared_bytes, device.shared_per_processor / blocks - 1024);
+}
+
 // What planning asks of a call, forward or backward.
 struct Request {
   Shape shape;
@@ -29,15 +35,10 @@ struct Request {
 
   // Of one group that a block keeps: x, and in backward the gradient of the output with it.
   std::size_t kept_group_bytes() const { return kGroup * element_bytes * (backward ? 2 : 1); }
-  int in_hand() const { return groups_in_hand(element_bytes, activations, backward && shape.rows); }
+  int in_hand() const { return groups_in_hand(element_bytes, activations, backward, shape.rows); }
 };
 
 // A block that shares its processor with one more: what each may have of shared memory, of which each launch takes 1
-// KB.
-std::size_t half_of_shared(const Device& device) {
-  return std::min(device.shared_bytes, device.shared_per_processor / 2 - 1024);
-}
-
 class Planes {
  public:
   Planes(const Request& request, const Device& device)
@@ -45,7 +46,7 @@ class Planes {
 
   Plan plan() const {
     if (!request_.sums) return split(Path::planes_pointwise, "nothing is summed, one pass is enough");
-    for (const std::size_t budget : {half_of_shared(device_), device_.shared_bytes})
+    for (const std::size_t budget : {share_of_shared(device_, 2), device_.shared_bytes})
       for (int cluster = 1; cluster <= device_.max_cluster; cluster *= 2) {
         const Plan plan = on_chip(cluster, budget);
         const bool fits = plan.kept_tiles * cluster >= tiles(plan.threads);
@@ -138,26 +139,24 @@ class Rows {
   }
   std::int64_t lanes(const Plan& plan) const { return plan.threads / plan.tile_groups; }
   std::int64_t row_tiles(const Plan& plan) const { return ceil_div(runs_, lanes(plan) * request_.in_hand()); }
-  std::int64_t tile_channels(const Plan& plan) const {
-    return std::min<std::int64_t>(std::int64_t{plan.tile_groups} * kGroup, request_.shape.channels);
-  }
-
   bool fits(const Plan& plan) const { return plan.tiles > 0 && plan.kept_tiles * plan.splits >= row_tiles(plan); }
 
   // Keeps as many of its tiles as there is room for.
   void keep(Plan& plan) const {
-    const std::size_t fixed = rows_shared_bytes(plan.threads, tile_channels(plan));
+    const std::size_t fixed = rows_shared_bytes(static_cast<unsigned>(plan.threads));
     const std::size_t tile = static_cast<std::size_t>(plan.threads) * static_cast<std::size_t>(request_.in_hand()) *
                              request_.kept_group_bytes();
-    const std::size_t budget = half_of_shared(device_);
+    const std::size_t budget = share_of_shared(device_, kRowBlocks);
     const std::size_t room = budget > fixed ? budget - fixed : 0;
     plan.kept_tiles =
         std::min<std::int64_t>(static_cast<std::int64_t>(room / tile), ceil_div(row_tiles(plan), plan.splits));
     plan.shared_bytes = fixed + static_cast<std::size_t>(plan.kept_tiles) * tile;
-    plan.workspace_bytes = partial_bytes(plan);
+    plan.workspace_bytes = workspace_bytes(plan);
   }
-  std::size_t partial_bytes(const Plan& plan) const {
-    return static_cast<std::size_t>(plan.splits * groups_ * kGroup) * kPairBytes;
+  // The sums of all columns in each split, and what is worked out for each channel.
+  std::size_t workspace_bytes(const Plan& plan) const {
+    return static_cast<std::size_t>(plan.splits * groups_ * kGroup) * kPairBytes +
+           static_cast<std::size_t>(request_.shape.channels) * kMaxNumbersBytes;
   }
 
   Plan one_block() const {
@@ -192,9 +191,8 @@ class Rows {
     set_tile(plan, kWideTile);
     const std::int64_t wanted = ceil_div(std::int64_t{device_.processors} * kBlocksPerProcessor, plan.tiles);
     plan.splits = static_cast<int>(std::clamp<std::int64_t>(wanted, 1, row_tiles(plan)));
-    plan.shared_bytes = rows_shared_bytes(plan.threads, tile_channels(plan));
-    if (path == Path::rows_split)
-      plan.workspace_bytes = partial_bytes(plan) + static_cast<std::size_t>(request_.shape.channels) * kMaxNumbersBytes;
+    plan.shared_bytes = rows_shared_bytes(static_cast<unsigned>(plan.threads));
+    if (path == Path::rows_split) plan.workspace_bytes = workspace_bytes(plan);
     return plan;
   }
 

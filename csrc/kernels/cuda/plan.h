@@ -35,12 +35,13 @@ const char* name(Path);
 enum class Activations { rectifiers, all };
 Activations activations_for(Activation kind);
 
-// How many groups of 8 elements each thread has in hand at once, so that enough loads are under way: four of 16 bytes
-// from a tensor for rectifiers, two for all activations, whose code is long.
-constexpr int groups_in_hand(std::size_t element_bytes, Activations which, bool backward_rows = false) {
+// How many groups of 8 elements each thread loads before it uses the first: enough for up to four loads of 16 bytes
+// that are under way, from one tensor in forward and from two in backward, but no more than there are registers for.
+constexpr int groups_in_hand(std::size_t element_bytes, Activations which, bool backward, bool rows) {
   const int words = static_cast<int>(element_bytes * 8 / 16);
-  const int loads = which == Activations::all || backward_rows ? 2 : 4;
-  return loads > words ? loads / words : 1;
+  const int loads = which == Activations::rectifiers ? 4 : 2;
+  const int tensors = backward ? (rows ? 2 : 4) : 1;
+  return loads > words * tensors ? loads / (words * tensors) : 1;
 }
 
 struct Plan {

@@ -27,16 +27,18 @@ struct PlanesWalk {
   bool whole_groups = false;  // each plane begins and ends with a group
   std::uint32_t tiles = 0;    // of a channel
   int splits = 1;             // blocks of a channel
-  std::int64_t kept_tiles = 0;
+  std::uint32_t kept_tiles = 0;
   Aligned aligned;
 };
 
-// Where a group is.
+// Where a group is: in few registers, since several are in hand at once.
 struct PlaneGroup {
-  std::int64_t sample = 0, plane = 0;  // plane = sample * channels + channel
-  std::int64_t first = 0;              // the position in the plane where the group begins: may be before its start
-  std::uint32_t number = 0;            // in the plane
+  std::uint32_t sample = 0, number = 0;  // number: in the plane
+  int skew = 0;                          // how many elements before the plane its first group begins
   Span valid;
+
+  // The position in the plane where the group begins; may be before its start.
+  __device__ __forceinline__ std::int64_t first() const { return static_cast<std::int64_t>(number) * kGroup - skew; }
 };
 
 // The part of a channel that one block has.
@@ -56,38 +58,43 @@ struct PlanesPart {
   }
 };
 
+// Planes are numbered sample by sample.
+__device__ __forceinline__ std::int64_t plane_of(const PlanesWalk& walk, std::int64_t channel, const PlaneGroup& g) {
+  return g.sample * walk.channels + channel;
+}
+
 // The u-th group of this thread in a tile of kTile groups for each thread.
 template <int kTile>
 __device__ __forceinline__ PlaneGroup plane_group(const PlanesWalk& walk, std::int64_t channel, std::uint32_t tile,
-                                                  int u) {
-  const std::uint32_t group = (tile * kTile + static_cast<std::uint32_t>(u)) * blockDim.x + threadIdx.x;
+                                                  std::uint32_t u) {
+  const std::uint32_t group = (tile * kTile + u) * blockDim.x + threadIdx.x;
   PlaneGroup at;
   if (group >= walk.groups) return at;
-  const std::uint32_t sample = walk.groups_per_plane.quotient(group);
-  at.sample = sample;
-  at.number = walk.groups_per_plane.remainder(group, sample);
-  at.plane = sample * walk.channels + channel;
+  at.sample = walk.groups_per_plane.quotient(group);
+  at.number = walk.groups_per_plane.remainder(group, at.sample);
+  at.valid.end = kGroup;
+  if (walk.whole_groups) return at;
   // Planes that do not fill whole groups begin in the middle of one.
-  const auto skew = walk.whole_groups ? 0 : static_cast<std::int64_t>(at.plane * walk.spatial & (kGroup - 1));
-  at.first = static_cast<std::int64_t>(at.number) * kGroup - skew;
-  at.valid.begin = static_cast<int>(at.first < 0 ? -at.first : 0);
-  const std::int64_t left = walk.spatial - at.first;
-  at.valid.end = static_cast<int>(left < kGroup ? (left > 0 ? left : 0) : kGroup);
+  at.skew = static_cast<int>(plane_of(walk, channel, at) * walk.spatial & (kGroup - 1));
+  at.valid.begin = at.number == 0 ? at.skew : 0;
+  const std::int64_t left = walk.spatial - at.first();
+  if (left < kGroup) at.valid.end = static_cast<int>(left > 0 ? left : 0);
   return at;
 }
 
 template <class T>
 __device__ __forceinline__ const T* at(const Source& from, const PlaneGroup& g, std::int64_t channel) {
-  return static_cast<const T*>(from.data) + (g.sample * from.outer + channel * from.inner + g.first);
+  return static_cast<const T*>(from.data) + (g.sample * from.outer + channel * from.inner + g.first());
 }
 template <class T>
 __device__ __forceinline__ T* at(const Target& to, const PlaneGroup& g, std::int64_t channel) {
-  return static_cast<T*>(to.data) + (g.sample * to.outer + channel * to.inner + g.first);
+  return static_cast<T*>(to.data) + (g.sample * to.outer + channel * to.inner + g.first());
 }
 
 template <class P>
-__device__ __forceinline__ P* flat_byte(P* flat_bits, const PlanesWalk& walk, const PlaneGroup& g) {
-  return flat_bits ? flat_bits + (g.plane * walk.groups_per_plane.divisor + g.number) : nullptr;
+__device__ __forceinline__ P* flat_byte(P* flat_bits, const PlanesWalk& walk, std::int64_t channel,
+                                        const PlaneGroup& g) {
+  return flat_bits ? flat_bits + (plane_of(walk, channel, g) * walk.groups_per_plane.divisor + g.number) : nullptr;
 }
 
 __device__ __forceinline__ bool is_kept(const Keep& keep, std::int64_t plane) {
@@ -100,11 +107,13 @@ __device__ __forceinline__ bool is_kept(const Keep& keep, std::int64_t plane) {
 }
 
 // Which elements of a group dropout keeps, as bits; none that are not there.
-__device__ __forceinline__ unsigned kept_of(const Keep& keep, const PlanesWalk& walk, const PlaneGroup& g) {
+__device__ __forceinline__ unsigned kept_of(const Keep& keep, const PlanesWalk& walk, std::int64_t channel,
+                                            const PlaneGroup& g) {
   const unsigned valid = g.valid.bits();
-  if (keep.planes) return valid && is_kept(keep, g.plane) ? valid : 0;
-  if (!keep.seed || !valid) return valid;
-  const auto first = static_cast<std::uint64_t>(g.plane * walk.spatial + g.first);
+  if (!valid || !(keep.planes || keep.seed)) return valid;
+  const std::int64_t plane = plane_of(walk, channel, g);
+  if (keep.planes) return is_kept(keep, plane) ? valid : 0;
+  const auto first = static_cast<std::uint64_t>(plane * walk.spatial + g.first());
   return valid & kept_bits(static_cast<std::uint64_t>(*keep.seed), keep_threshold(keep.scale), first);
 }
 
@@ -150,30 +159,37 @@ __device__ __forceinline__ Deviations<Compute<T>> collect_forward(const ForwardA
   return deviations;
 }
 
+// How many of a tile's groups are in hand at once where their outputs are computed: the residual is loaded besides.
+constexpr int applied_at_once(int groups) {
+  return groups > 2 ? groups / 2 : groups;
+}
+
 // Writes the output of a block's part of a channel.
 template <class T, int kTile, Activations kWhich>
 __device__ __forceinline__ void apply_forward(const ForwardArgs& args, const PlanesWalk& walk, const PlanesPart& part,
                                               const ChannelAffine<Compute<T>>& affine, unsigned char* kept_tiles) {
+  constexpr int kHand = applied_at_once(kTile);
   const Uniform<ChannelAffine<Compute<T>>> affines{affine};
-  for (std::uint32_t i = part.tiles; i-- > 0;) {
-    PlaneGroup g[kTile];
-    Group<T> x[kTile], residual[kTile];
-    unsigned kept[kTile];
+  for (std::uint32_t step = part.tiles * (kTile / kHand); step-- > 0;) {
+    const std::uint32_t i = step / (kTile / kHand), first = step % (kTile / kHand) * kHand;
+    PlaneGroup g[kHand];
+    Group<T> x[kHand], residual[kHand];
+    unsigned kept[kHand];
 #pragma unroll
-    for (int u = 0; u < kTile; ++u) {
-      g[u] = plane_group<kTile>(walk, part.channel, part.tile(walk, i), u);
-      kept[u] = kept_of(args.keep, walk, g[u]);
+    for (int u = 0; u < kHand; ++u) {
+      g[u] = plane_group<kTile>(walk, part.channel, part.tile(walk, i), first + u);
+      kept[u] = kept_of(args.keep, walk, part.channel, g[u]);
       x[u] = residual[u] = zeros<T>();
       if (!kept[u]) continue;
-      x[u] = i < walk.kept_tiles ? Kept<T>::get(kept_tiles, i * kTile + u)
+      x[u] = i < walk.kept_tiles ? Kept<T>::get(kept_tiles, i * kTile + first + u)
                                  : load(at<T>(args.input, g[u], part.channel), g[u].valid, walk.aligned.input);
       if (args.residual.data)
         residual[u] = load(at<T>(args.residual, g[u], part.channel), g[u].valid, walk.aligned.residual);
     }
 #pragma unroll
-    for (int u = 0; u < kTile; ++u) {
+    for (int u = 0; u < kHand; ++u) {
       if (g[u].valid.empty()) continue;
-      std::uint8_t* flat = flat_byte(args.flat_bits, walk, g[u]);
+      std::uint8_t* flat = flat_byte(args.flat_bits, walk, part.channel, g[u]);
       const Group<T> output = forward_group<kWhich>(args, x[u], residual[u], affines, kept[u], flat);
       store(at<T>(args.output, g[u], part.channel), output, g[u].valid, walk.aligned.output);
     }
@@ -185,16 +201,16 @@ template <class T>
 struct BackwardGroup {
   Group<T> grad_output = zeros<T>(), x = zeros<T>(), residual = zeros<T>();
   unsigned flat = 0;
-
-  template <class Walk, class Place, class Locate>
-  __device__ __forceinline__ void load_besides(const BackwardArgs& args, const Walk& walk, const Place& g,
-                                               Locate&& locate) {
-    if (args.flat_bits)
-      flat = *flat_byte(args.flat_bits, walk, g);
-    else if (args.residual.data)
-      residual = load(locate(args.residual), g.valid, walk.aligned.residual);
-  }
 };
+
+template <class T>
+__device__ __forceinline__ void load_besides(BackwardGroup<T>& group, const BackwardArgs& args, const PlanesWalk& walk,
+                                             std::int64_t channel, const PlaneGroup& g) {
+  if (args.flat_bits)
+    group.flat = *flat_byte(args.flat_bits, walk, channel, g);
+  else if (args.residual.data)
+    group.residual = load(at<T>(args.residual, g, channel), g.valid, walk.aligned.residual);
+}
 
 // Sums the gradients of a block's part of a channel; keeps the gradients of the output and the inputs of its first
 // tiles.
@@ -211,12 +227,11 @@ __device__ __forceinline__ Pair collect_backward(const BackwardArgs& args, const
 #pragma unroll
     for (int u = 0; u < kTile; ++u) {
       const PlaneGroup g = plane_group<kTile>(walk, part.channel, part.tile(walk, i), u);
-      kept[u] = kept_of(args.keep, walk, g);
+      kept[u] = kept_of(args.keep, walk, part.channel, g);
       if (!kept[u]) continue;
-      const auto locate = [&](const Source& from) { return at<T>(from, g, part.channel); };
-      group[u].grad_output = load(locate(args.grad_output), g.valid, walk.aligned.grad_output);
-      group[u].x = load(locate(args.input), g.valid, walk.aligned.input);
-      group[u].load_besides(args, walk, g, locate);
+      group[u].grad_output = load(at<T>(args.grad_output, g, part.channel), g.valid, walk.aligned.grad_output);
+      group[u].x = load(at<T>(args.input, g, part.channel), g.valid, walk.aligned.input);
+      load_besides(group[u], args, walk, part.channel, g);
       if (i < walk.kept_tiles) {
         Kept<T>::put(kept_tiles, 2 * (i * kTile + u), group[u].grad_output);
         Kept<T>::put(kept_tiles, 2 * (i * kTile + u) + 1, group[u].x);
@@ -253,18 +268,20 @@ __device__ __forceinline__ void apply_backward(const BackwardArgs& args, const P
 #pragma unroll
     for (int u = 0; u < kTile; ++u) {
       g[u] = plane_group<kTile>(walk, part.channel, part.tile(walk, i), u);
-      kept[u] = kept_of(args.keep, walk, g[u]);
+      kept[u] = kept_of(args.keep, walk, part.channel, g[u]);
       if (g[u].valid.empty()) continue;
-      const auto locate = [&](const Source& from) { return at<T>(from, g[u], part.channel); };
       const bool in_shared = kept[u] && i < walk.kept_tiles;
       if (in_shared) {
         group[u].grad_output = Kept<T>::get(kept_tiles, 2 * (i * kTile + u));
         group[u].x = Kept<T>::get(kept_tiles, 2 * (i * kTile + u) + 1);
       } else {
-        if (kept[u]) group[u].grad_output = load(locate(args.grad_output), g[u].valid, walk.aligned.grad_output);
-        if (kept[u] || args.training) group[u].x = load(locate(args.input), g[u].valid, walk.aligned.input);
+        if (kept[u])
+          group[u].grad_output =
+              load(at<T>(args.grad_output, g[u], part.channel), g[u].valid, walk.aligned.grad_output);
+        if (kept[u] || args.training)
+          group[u].x = load(at<T>(args.input, g[u], part.channel), g[u].valid, walk.aligned.input);
       }
-      if (kept[u]) group[u].load_besides(args, walk, g[u], locate);
+      if (kept[u]) load_besides(group[u], args, walk, part.channel, g[u]);
     }
 #pragma unroll
     for (int u = 0; u < kTile; ++u) {
@@ -288,9 +305,15 @@ __device__ __forceinline__ void apply_backward(const BackwardArgs& args, const P
   }
 }
 
+// How many blocks of the greatest size a processor shall hold: the elaborate activations need more registers.
+constexpr int blocks_wanted(Activations which) {
+  return which == Activations::all ? 1 : 2;
+}
+
 // Forward in one kernel: each channel has one block, or the blocks of a cluster.
 template <class T, int kTile, Activations kWhich>
-__global__ void __launch_bounds__(kMaxThreads) planes_forward_on_chip(const ForwardArgs args, const PlanesWalk walk) {
+__global__ void __launch_bounds__(kMaxThreads, blocks_wanted(kWhich))
+    planes_forward_on_chip(const ForwardArgs args, const PlanesWalk walk) {
   using S = Compute<T>;
   using Shared = PlanesShared<ChannelAffine<S>>;
   Shared& shared = Shared::here();
@@ -307,7 +330,7 @@ __global__ void __launch_bounds__(kMaxThreads) planes_forward_on_chip(const Forw
 
 // Forward in two kernels: the sums of each block's part of a channel go to `partial`.
 template <class T, int kTile>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     planes_forward_sums(const ForwardArgs args, const PlanesWalk walk, Pair* partial) {
   using Shared = PlanesShared<ChannelAffine<Compute<T>>>;
   const PlanesPart part(walk, blockIdx.x);
@@ -327,7 +350,7 @@ __device__ __forceinline__ Pair sum_of_parts(const PlanesWalk& walk, const Plane
 
 // The second of them; or, in evaluation mode, the only one. Begins where the first ended.
 template <class T, int kTile, Activations kWhich>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, blocks_wanted(kWhich))
     planes_forward_apply(const ForwardArgs args, const PlanesWalk walk, const Pair* partial) {
   using S = Compute<T>;
   using Shared = PlanesShared<ChannelAffine<S>>;
@@ -351,7 +374,8 @@ __device__ __forceinline__ ChannelAffine<Compute<T>> saved_affine(const Backward
 }
 
 template <class T, int kTile, Activations kWhich>
-__global__ void __launch_bounds__(kMaxThreads) planes_backward_on_chip(const BackwardArgs args, const PlanesWalk walk) {
+__global__ void __launch_bounds__(kMaxThreads, blocks_wanted(kWhich))
+    planes_backward_on_chip(const BackwardArgs args, const PlanesWalk walk) {
   using S = Compute<T>;
   using Shared = PlanesShared<Gradient<S>>;
   Shared& shared = Shared::here();
@@ -365,7 +389,7 @@ __global__ void __launch_bounds__(kMaxThreads) planes_backward_on_chip(const Bac
 }
 
 template <class T, int kTile, Activations kWhich>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, blocks_wanted(kWhich))
     planes_backward_sums(const BackwardArgs args, const PlanesWalk walk, Pair* partial) {
   using Shared = PlanesShared<Gradient<Compute<T>>>;
   const PlanesPart part(walk, blockIdx.x);
@@ -376,7 +400,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 // `partial` may be null where nothing depends on the sums.
 template <class T, int kTile, Activations kWhich>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, blocks_wanted(kWhich))
     planes_backward_apply(const BackwardArgs args, const PlanesWalk walk, const Pair* partial) {
   using S = Compute<T>;
   using Shared = PlanesShared<Gradient<S>>;

@@ -14,105 +14,99 @@
 namespace fastlayers::cuda {
 
 struct RowsWalk {
-  std::int64_t channels = 0, spatial = 0, runs = 0;
+  std::int64_t channels = 0;
+  std::uint32_t runs = 0;
   int rows_per_run = 1;
   std::int64_t columns = 0, last_columns = 0;  // of a run, and of the last one
-  Divisor by_channels;
+  Divisor by_channels, by_spatial;
   std::int64_t groups = 0;         // of a run
   int tile_groups = 1, tiles = 1;  // how many groups of a run a block is wide, and how many blocks a run
   int lanes = 1;                   // runs that a block has in hand at once
   int splits = 1;                  // blocks that share the runs
-  std::int64_t kept_tiles = 0;
+  std::uint32_t kept_tiles = 0;
   bool aligned_mask = false;  // the 8 values of a group of channels can be read as words
   Aligned aligned;
-
-  // How many channels a block has anything of.
-  FL_INLINE int tile_channels() const {
-    const std::int64_t width = std::int64_t{tile_groups} * kGroup;
-    return static_cast<int>(width < channels ? width : channels);
-  }
 };
 
 // What one thread of a block does.
 struct RowsPart {
-  int tile, split, lane;
-  std::int64_t group;
+  int tile;
+  std::uint32_t split, lane, column;  // column: the first of this thread's group
   bool active;
 
   __device__ __forceinline__ RowsPart(const RowsWalk& walk, std::uint32_t block) {
-    tile = static_cast<int>(block) % walk.tiles;
-    split = static_cast<int>(block) / walk.tiles;
-    lane = static_cast<int>(threadIdx.x) / walk.tile_groups;
-    group = std::int64_t{tile} * walk.tile_groups + static_cast<int>(threadIdx.x) % walk.tile_groups;
-    active = lane < walk.lanes && group < walk.groups;
+    tile = static_cast<int>(block % static_cast<std::uint32_t>(walk.tiles));
+    split = block / static_cast<std::uint32_t>(walk.tiles);
+    lane = threadIdx.x / static_cast<std::uint32_t>(walk.tile_groups);
+    const std::uint32_t group = static_cast<std::uint32_t>(tile * walk.tile_groups) +
+                                threadIdx.x % static_cast<std::uint32_t>(walk.tile_groups);
+    column = group * kGroup;
+    active = lane < static_cast<std::uint32_t>(walk.lanes) && group < walk.groups;
   }
   // The channel of element e of this thread's group.
-  __device__ __forceinline__ std::int64_t channel(const RowsWalk& walk, int e) const {
-    const auto column = static_cast<std::uint32_t>(group * kGroup + e);
-    return walk.by_channels.remainder(column, walk.by_channels.quotient(column));
+  __device__ __forceinline__ std::uint32_t channel(const RowsWalk& walk, int e) const {
+    const std::uint32_t c = column + static_cast<std::uint32_t>(e);
+    return walk.by_channels.remainder(c, walk.by_channels.quotient(c));
   }
 };
 
 // Where a group is. kRows groups of each thread are one tile.
 struct RowGroup {
-  std::int64_t run = 0, column = 0;
+  std::uint32_t run = 0;
   Span valid;
 };
 
 template <int kRows>
-__device__ __forceinline__ std::int64_t tiles_of(const RowsWalk& walk, const RowsPart& part) {
-  const std::int64_t in_all = (walk.runs + std::int64_t{kRows} * walk.lanes - 1) / (std::int64_t{kRows} * walk.lanes);
-  return part.split < in_all ? (in_all - part.split - 1) / walk.splits + 1 : 0;
+__device__ __forceinline__ std::uint32_t tiles_of(const RowsWalk& walk, const RowsPart& part) {
+  const auto rows = static_cast<std::uint32_t>(kRows * walk.lanes);
+  const std::uint32_t in_all = (walk.runs + rows - 1) / rows;
+  return part.split < in_all ? (in_all - part.split - 1) / static_cast<std::uint32_t>(walk.splits) + 1 : 0;
 }
 
 template <int kRows>
-__device__ __forceinline__ RowGroup row_group(const RowsWalk& walk, const RowsPart& part, std::int64_t i, int u) {
+__device__ __forceinline__ RowGroup row_group(const RowsWalk& walk, const RowsPart& part, std::uint32_t i,
+                                              std::uint32_t u) {
   RowGroup at;
-  at.run = ((part.split + i * walk.splits) * kRows + u) * walk.lanes + part.lane;
-  at.column = part.group * kGroup;
+  const std::uint32_t tile = part.split + i * static_cast<std::uint32_t>(walk.splits);
+  at.run = (tile * kRows + u) * static_cast<std::uint32_t>(walk.lanes) + part.lane;
   if (!part.active || at.run >= walk.runs) return at;
-  const std::int64_t left = (at.run == walk.runs - 1 ? walk.last_columns : walk.columns) - at.column;
+  const std::int64_t left = (at.run == walk.runs - 1 ? walk.last_columns : walk.columns) - part.column;
   at.valid.end = static_cast<int>(left < kGroup ? (left > 0 ? left : 0) : kGroup);
   return at;
 }
 
 // Calls f(e, where element e lies from the tensor's start) for a group whose rows have gaps between them.
 template <class F>
-__device__ __forceinline__ void each_with_gaps(const RowsWalk& walk, std::int64_t row_stride, const RowGroup& g,
-                                               F&& f) {
+__device__ __forceinline__ void each_with_gaps(const RowsWalk& walk, std::int64_t row_stride, const RowsPart& part,
+                                               const RowGroup& g, F&& f) {
 #pragma unroll
   for (int e = 0; e < kGroup; ++e) {
-    const auto column = static_cast<std::uint32_t>(g.column + e);
-    const std::uint32_t row = walk.by_channels.quotient(column);
-    const std::int64_t offset =
-        (g.run * walk.rows_per_run + row) * row_stride + walk.by_channels.remainder(column, row);
-    if (g.valid.has(e)) f(e, offset);
+    const std::uint32_t column = part.column + static_cast<std::uint32_t>(e), row = walk.by_channels.quotient(column);
+    const std::int64_t in_all = std::int64_t{g.run} * walk.rows_per_run + row;
+    if (g.valid.has(e)) f(e, in_all * row_stride + walk.by_channels.remainder(column, row));
   }
 }
 
-__device__ __forceinline__ bool has_gaps(const RowsWalk& walk, std::int64_t row_stride) {
-  return walk.rows_per_run > 1 && row_stride != walk.channels;
-}
-
 template <class T>
-__device__ __forceinline__ Group<T> load(const Source& from, const RowsWalk& walk, const RowGroup& g, bool aligned) {
+__device__ __forceinline__ Group<T> load(const Source& from, const RowsWalk& walk, const RowsPart& part,
+                                         const RowGroup& g, bool aligned) {
   const T* data = static_cast<const T*>(from.data);
-  if (!has_gaps(walk, from.outer))
-    return load(data + g.run * walk.rows_per_run * from.outer + g.column, g.valid, aligned);
+  if (walk.rows_per_run == 1 || from.outer == walk.channels)
+    return load(data + (g.run * (walk.rows_per_run * from.outer) + part.column), g.valid, aligned);
   Group<T> group = zeros<T>();
-  each_with_gaps(walk, from.outer, g, [&](int e, std::int64_t offset) { group.elements[e] = data[offset]; });
+  each_with_gaps(walk, from.outer, part, g, [&](int e, std::int64_t offset) { group.elements[e] = data[offset]; });
   return group;
 }
 
-// Results have no gaps.
-template <class T>
-__device__ __forceinline__ void store(const Target& to, const RowsWalk& walk, const RowGroup& g, const Group<T>& group,
-                                      bool aligned) {
-  store(static_cast<T*>(to.data) + g.run * walk.columns + g.column, group, g.valid, aligned);
+// Where the group is in the memory of results, which have no gaps.
+__device__ __forceinline__ std::int64_t offset_of(const RowsWalk& walk, const RowsPart& part, const RowGroup& g) {
+  return g.run * walk.columns + part.column;
 }
 
-__device__ __forceinline__ std::int64_t flat_group(const RowsWalk& walk, const RowGroup& g) {
-  return (g.run * walk.columns + g.column) / kGroup;
+template <class T>
+__device__ __forceinline__ void store(const Target& to, const RowsWalk& walk, const RowsPart& part, const RowGroup& g,
+                                      const Group<T>& group, bool aligned) {
+  store(static_cast<T*>(to.data) + offset_of(walk, part, g), group, g.valid, aligned);
 }
 
 // Which of the 8 values from `first` on are not zero, as bits.
@@ -138,24 +132,23 @@ __device__ __forceinline__ unsigned nonzero_bits(const void* values, std::int64_
 // What dropout keeps of a thread's groups of columns. The channels of a sample have one answer for all its rows.
 class KeptColumns {
  public:
-  __device__ __forceinline__ unsigned of(const Keep& keep, const RowsWalk& walk, const RowGroup& g) {
+  __device__ __forceinline__ unsigned of(const Keep& keep, const RowsWalk& walk, const RowsPart& part,
+                                         const RowGroup& g) {
     const unsigned valid = g.valid.bits();
-    if (keep.planes) return valid ? valid & of_channels(keep, walk, g) : 0;
-    if (!keep.seed || !valid) return valid;
-    return valid & kept_bits(static_cast<std::uint64_t>(*keep.seed), keep_threshold(keep.scale),
-                             static_cast<std::uint64_t>(g.run * walk.columns + g.column));
-  }
-
- private:
-  __device__ __forceinline__ unsigned of_channels(const Keep& keep, const RowsWalk& walk, const RowGroup& g) {
-    if (walk.rows_per_run > 1) return of_several_rows(keep, walk, g);
-    const std::int64_t sample = g.run / walk.spatial;
+    if (!valid || !(keep.planes || keep.seed)) return valid;
+    if (keep.seed)
+      return valid & kept_bits(static_cast<std::uint64_t>(*keep.seed), keep_threshold(keep.scale),
+                               static_cast<std::uint64_t>(offset_of(walk, part, g)));
+    if (walk.rows_per_run > 1) return of_several_rows(keep, walk, part, g);
+    const std::uint32_t sample = walk.by_spatial.quotient(g.run);
     if (sample != sample_) {
       sample_ = sample;
-      bits_ = nonzero(keep, sample * walk.channels + g.column, walk.aligned_mask);
+      bits_ = nonzero(keep, sample * walk.channels + part.column, walk.aligned_mask);
     }
     return bits_;
   }
+
+ private:
   static __device__ __forceinline__ unsigned nonzero(const Keep& keep, std::int64_t first, bool aligned) {
     switch (keep.plane_bytes) {
       case 1: return nonzero_bits<std::uint8_t>(keep.planes, first, aligned);
@@ -165,47 +158,38 @@ class KeptColumns {
     }
   }
   static __device__ __forceinline__ unsigned of_several_rows(const Keep& keep, const RowsWalk& walk,
-                                                             const RowGroup& g) {
+                                                             const RowsPart& part, const RowGroup& g) {
     unsigned bits = 0;
-#pragma unroll
-    for (int e = 0; e < kGroup; ++e) {
-      const auto column = static_cast<std::uint32_t>(g.column + e);
-      const std::uint32_t row = walk.by_channels.quotient(column);
-      const std::int64_t sample = (g.run * walk.rows_per_run + row) / walk.spatial;
-      if (g.valid.has(e) && is_kept(keep, sample * walk.channels + walk.by_channels.remainder(column, row)))
-        bits |= 1u << e;
-    }
+    each_with_gaps(walk, walk.channels, part, g, [&](int e, std::int64_t offset) {
+      const std::uint32_t channel = part.channel(walk, e);
+      const auto row = static_cast<std::uint32_t>((offset - channel) / walk.channels);
+      if (is_kept(keep, walk.by_spatial.quotient(row) * walk.channels + channel)) bits |= 1u << e;
+    });
     return bits;
   }
 
-  std::int64_t sample_ = -1;
+  std::uint32_t sample_ = ~0u;
   unsigned bits_ = 0;
 };
 
-// A block's shared memory: two doubles for each thread and element of a group, room for the sums of its channels, what
-// it works out of them, then the tiles that it keeps.
-template <class Numbers>
-struct RowsShared {
-  double* sums;      // [2 * kGroup][threads]
-  Pair* parts;       // [threads]
-  Numbers* numbers;  // [tile_channels]
-  unsigned char* tiles;
-
-  __device__ __forceinline__ explicit RowsShared(const RowsWalk& walk) {
-    unsigned char* at = dynamic_shared();
-    sums = reinterpret_cast<double*>(at);
-    parts = reinterpret_cast<Pair*>(at + blockDim.x * kGroup * sizeof(Pair));
-    numbers = reinterpret_cast<Numbers*>(parts + blockDim.x);
-    tiles = at + rows_shared_bytes(static_cast<int>(blockDim.x), walk.tile_channels());
-    static_assert(sizeof(Numbers) <= kMaxNumbersBytes);
+// A block's shared memory: two doubles for each thread and element of a group, a Pair for each thread, then the tiles
+// that the block keeps.
+class RowsShared {
+ public:
+  __device__ __forceinline__ double& first(int e) const { return sums()[2 * e * blockDim.x + threadIdx.x]; }
+  __device__ __forceinline__ double& second(int e) const { return sums()[(2 * e + 1) * blockDim.x + threadIdx.x]; }
+  __device__ __forceinline__ Pair* parts() const {
+    return reinterpret_cast<Pair*>(dynamic_shared() + kGroup * sizeof(Pair) * blockDim.x);
   }
-  __device__ __forceinline__ double& first(int e) const { return sums[2 * e * blockDim.x + threadIdx.x]; }
-  __device__ __forceinline__ double& second(int e) const { return sums[(2 * e + 1) * blockDim.x + threadIdx.x]; }
+  __device__ __forceinline__ unsigned char* tiles() const { return dynamic_shared() + rows_shared_bytes(blockDim.x); }
 
   __device__ __forceinline__ void clear() const {
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) first(e) = second(e) = 0;
   }
+
+ private:
+  static __device__ __forceinline__ double* sums() { return reinterpret_cast<double*>(dynamic_shared()); }
 };
 
 // So many rows are summed in float before they are carried over to double: few enough that a first row far from the
@@ -221,21 +205,21 @@ __device__ __forceinline__ double column_origin(const ForwardArgs& args, std::in
 // Sums a thread's columns into its place in shared memory, and keeps its block's first tiles.
 template <class T, int kRows>
 __device__ __forceinline__ void collect_forward(const ForwardArgs& args, const RowsWalk& walk, const RowsPart& part,
-                                                const RowsShared<ChannelAffine<Compute<T>>>& shared) {
+                                                const RowsShared& shared) {
   using S = Compute<T>;
   shared.clear();
   S origin[kGroup] = {}, deviations[kGroup] = {}, squares[kGroup] = {};
   int rows = 0, partial_end = 0;
-  const std::int64_t tiles = tiles_of<kRows>(walk, part);
-  for (std::int64_t i = 0; i < tiles; ++i) {
+  const std::uint32_t tiles = tiles_of<kRows>(walk, part);
+  for (std::uint32_t i = 0; i < tiles; ++i) {
     Group<T> x[kRows];
     Span valid[kRows];
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       const RowGroup g = row_group<kRows>(walk, part, i, u);
       valid[u] = g.valid;
-      x[u] = g.valid.empty() ? zeros<T>() : load<T>(args.input, walk, g, walk.aligned.input);
-      if (i < walk.kept_tiles) Kept<T>::put(shared.tiles, i * kRows + u, x[u]);
+      x[u] = g.valid.empty() ? zeros<T>() : load<T>(args.input, walk, part, g, walk.aligned.input);
+      if (i < walk.kept_tiles) Kept<T>::put(shared.tiles(), i * kRows + u, x[u]);
     }
     if (rows == 0) {
 #pragma unroll
@@ -277,13 +261,12 @@ __device__ __forceinline__ void collect_forward(const ForwardArgs& args, const R
 }
 
 // Adds up the lanes of a block and writes one Pair for each of its columns to `partial`, [splits][columns].
-template <class Shared>
-__device__ __forceinline__ void write_partial(const RowsWalk& walk, const RowsPart& part, const Shared& shared,
+__device__ __forceinline__ void write_partial(const RowsWalk& walk, const RowsPart& part, const RowsShared& shared,
                                               Pair* partial) {
   for (int lanes = walk.lanes; lanes > 1; lanes = (lanes + 1) / 2) {
     const int half = (lanes + 1) / 2;
     __syncthreads();
-    if (part.lane < lanes - half) {
+    if (static_cast<int>(part.lane) < lanes - half) {
 #pragma unroll
       for (int e = 0; e < kGroup; ++e) {
         shared.first(e) += (&shared.first(e))[half * walk.tile_groups];
@@ -294,53 +277,71 @@ __device__ __forceinline__ void write_partial(const RowsWalk& walk, const RowsPa
   if (part.lane != 0 || !part.active) return;
 #pragma unroll
   for (int e = 0; e < kGroup; ++e) {
-    const std::int64_t column = part.group * kGroup + e;
-    if (column < walk.columns) partial[part.split * walk.columns + column] = {shared.first(e), shared.second(e)};
+    partial[part.split * walk.columns + part.column + e] = {shared.first(e), shared.second(e)};
   }
 }
 
-// Calls finish(i, channel, sums, leads) for `count` channels, of which i is one, from column `first` on: once for each,
-// by some thread of the block. `parts` is shared memory, a Pair for each thread. `leads` holds in one block only.
+// Calls finish(channel, sums) for `count` channels, at most as many as a block has threads, from `first` on: once for
+// each, by some thread of the block.
 template <class F>
 __device__ __forceinline__ void each_channel(const RowsWalk& walk, std::int64_t first, int count, const Pair* partial,
-                                             Pair* parts, F&& finish) {
+                                             F&& finish) {
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   const int shares = threads / count, i = thread % count, share = thread / count;
-  const auto column = static_cast<std::uint32_t>(first + i);
-  const std::int64_t channel = walk.by_channels.remainder(column, walk.by_channels.quotient(column));
+  Pair* parts = RowsShared().parts();
   Pair sums;
   if (share < shares) {
     const int entries = walk.splits * walk.rows_per_run;
 #pragma unroll 4
     for (int entry = share; entry < entries; entry += shares) {
       const int split = entry / walk.rows_per_run, row = entry % walk.rows_per_run;
-      sums.add(partial[split * walk.columns + row * walk.channels + channel]);
+      sums.add(partial[split * walk.columns + row * walk.channels + first + i]);
     }
   }
+  __syncthreads();  // whoever still reads parts of other channels
   parts[thread] = sums;
   __syncthreads();
   if (share > 0) return;
   for (int s = 1; s < shares; ++s) sums.add(parts[s * count + i]);
-  finish(i, channel, sums, first + i < walk.channels);
+  finish(first + i, sums);
+}
+
+// The same for all channels of the tensor, shared out over the blocks of a grid.
+template <class F>
+__device__ __forceinline__ void all_channels(const RowsWalk& walk, const Pair* partial, F&& finish) {
+  for (std::int64_t first = std::int64_t{blockIdx.x} * kFinishedChannels; first < walk.channels;
+       first += std::int64_t{gridDim.x} * kFinishedChannels) {
+    const std::int64_t left = walk.channels - first;
+    each_channel(walk, first, static_cast<int>(left < kFinishedChannels ? left : kFinishedChannels), partial, finish);
+  }
+}
+
+// The same in a kernel that goes on with the channels: with several splits in all blocks together, else in each block
+// for the channels that it has itself.
+template <class F>
+__device__ __forceinline__ void meet(const RowsWalk& walk, const RowsPart& part, const Pair* partial, F&& finish) {
+  if (walk.splits > 1) {
+    grid_sync();
+    all_channels(walk, partial, finish);
+    grid_sync();
+    return;
+  }
+  __syncthreads();
+  const std::int64_t width = std::int64_t{walk.tile_groups} * kGroup, first = part.tile * width;
+  const std::int64_t end = first + width < walk.channels ? first + width : walk.channels;
+  for (std::int64_t c = first; c < end; c += blockDim.x)
+    each_channel(walk, c, static_cast<int>(end - c < blockDim.x ? end - c : blockDim.x), partial, finish);
+  __syncthreads();
 }
 
 // The numbers of the 8 channels of a thread's group.
 template <class Numbers>
 __device__ __forceinline__ PerElement<Numbers> of_columns(const RowsWalk& walk, const RowsPart& part,
-                                                          const Numbers* numbers, std::int64_t first_column) {
+                                                          const Numbers* numbers) {
   PerElement<Numbers> mine{};
 #pragma unroll
-  for (int e = 0; e < kGroup; ++e) {
-    if (!part.active) continue;
-    // numbers[0] is the channel of first_column; they go round.
-    std::int64_t i = part.channel(walk, e);
-    if (first_column) {
-      const auto column = static_cast<std::uint32_t>(first_column);
-      i -= walk.by_channels.remainder(column, walk.by_channels.quotient(column));
-      if (i < 0) i += walk.channels;
-    }
-    mine.values[e] = numbers[i];
-  }
+  for (int e = 0; e < kGroup; ++e)
+    if (part.active) mine.values[e] = numbers[part.channel(walk, e)];
   return mine;
 }
 
@@ -348,27 +349,29 @@ template <class T, int kRows, Activations kWhich>
 __device__ __forceinline__ void apply_forward(const ForwardArgs& args, const RowsWalk& walk, const RowsPart& part,
                                               const PerElement<ChannelAffine<Compute<T>>>& affines,
                                               unsigned char* kept_tiles) {
+  constexpr int kHand = applied_at_once(kRows);
   KeptColumns columns;
-  for (std::int64_t i = tiles_of<kRows>(walk, part); i-- > 0;) {
-    Group<T> x[kRows], residual[kRows];
-    unsigned kept[kRows];
+  for (std::uint32_t step = tiles_of<kRows>(walk, part) * (kRows / kHand); step-- > 0;) {
+    const std::uint32_t i = step / (kRows / kHand), first = step % (kRows / kHand) * kHand;
+    RowGroup g[kHand];
+    Group<T> x[kHand], residual[kHand];
+    unsigned kept[kHand];
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      const RowGroup g = row_group<kRows>(walk, part, i, u);
-      kept[u] = columns.of(args.keep, walk, g);
+    for (int u = 0; u < kHand; ++u) {
+      g[u] = row_group<kRows>(walk, part, i, first + u);
+      kept[u] = columns.of(args.keep, walk, part, g[u]);
       x[u] = residual[u] = zeros<T>();
       if (!kept[u]) continue;
-      x[u] = i < walk.kept_tiles ? Kept<T>::get(kept_tiles, i * kRows + u)
-                                 : load<T>(args.input, walk, g, walk.aligned.input);
-      if (args.residual.data) residual[u] = load<T>(args.residual, walk, g, walk.aligned.residual);
+      x[u] = i < walk.kept_tiles ? Kept<T>::get(kept_tiles, i * kRows + first + u)
+                                 : load<T>(args.input, walk, part, g[u], walk.aligned.input);
+      if (args.residual.data) residual[u] = load<T>(args.residual, walk, part, g[u], walk.aligned.residual);
     }
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      const RowGroup g = row_group<kRows>(walk, part, i, u);
-      if (g.valid.empty()) continue;
-      std::uint8_t* flat = args.flat_bits ? args.flat_bits + flat_group(walk, g) : nullptr;
+    for (int u = 0; u < kHand; ++u) {
+      if (g[u].valid.empty()) continue;
+      std::uint8_t* flat = args.flat_bits ? args.flat_bits + offset_of(walk, part, g[u]) / kGroup : nullptr;
       const Group<T> output = forward_group<kWhich>(args, x[u], residual[u], affines, kept[u], flat);
-      store(args.output, walk, g, output, walk.aligned.output);
+      store(args.output, walk, part, g[u], output, walk.aligned.output);
     }
   }
 }
@@ -376,16 +379,16 @@ __device__ __forceinline__ void apply_forward(const ForwardArgs& args, const Row
 // The operands of backward at one group.
 template <class T>
 __device__ __forceinline__ void load_besides(BackwardGroup<T>& group, const BackwardArgs& args, const RowsWalk& walk,
-                                             const RowGroup& g) {
+                                             const RowsPart& part, const RowGroup& g) {
   if (args.flat_bits)
-    group.flat = args.flat_bits[flat_group(walk, g)];
+    group.flat = args.flat_bits[offset_of(walk, part, g) / kGroup];
   else if (args.residual.data)
-    group.residual = load<T>(args.residual, walk, g, walk.aligned.residual);
+    group.residual = load<T>(args.residual, walk, part, g, walk.aligned.residual);
 }
 
 template <class T, int kRows, Activations kWhich>
 __device__ __forceinline__ void collect_backward(const BackwardArgs& args, const RowsWalk& walk, const RowsPart& part,
-                                                 const RowsShared<Gradient<Compute<T>>>& shared) {
+                                                 const RowsShared& shared) {
   using S = Compute<T>;
   shared.clear();
   PerElement<ChannelAffine<S>> affines{};
@@ -395,21 +398,21 @@ __device__ __forceinline__ void collect_backward(const BackwardArgs& args, const
   S grad[kGroup] = {}, grad_deviation[kGroup] = {};
   int rows = 0;
   KeptColumns columns;
-  const std::int64_t tiles = tiles_of<kRows>(walk, part);
-  for (std::int64_t i = 0; i < tiles; ++i) {
+  const std::uint32_t tiles = tiles_of<kRows>(walk, part);
+  for (std::uint32_t i = 0; i < tiles; ++i) {
     BackwardGroup<T> group[kRows];
     unsigned kept[kRows];
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       const RowGroup g = row_group<kRows>(walk, part, i, u);
-      kept[u] = columns.of(args.keep, walk, g);
+      kept[u] = columns.of(args.keep, walk, part, g);
       if (!kept[u]) continue;
-      group[u].grad_output = load<T>(args.grad_output, walk, g, walk.aligned.grad_output);
-      group[u].x = load<T>(args.input, walk, g, walk.aligned.input);
-      load_besides(group[u], args, walk, g);
+      group[u].grad_output = load<T>(args.grad_output, walk, part, g, walk.aligned.grad_output);
+      group[u].x = load<T>(args.input, walk, part, g, walk.aligned.input);
+      load_besides(group[u], args, walk, part, g);
       if (i < walk.kept_tiles) {
-        Kept<T>::put(shared.tiles, 2 * (i * kRows + u), group[u].grad_output);
-        Kept<T>::put(shared.tiles, 2 * (i * kRows + u) + 1, group[u].x);
+        Kept<T>::put(shared.tiles(), 2 * (i * kRows + u), group[u].grad_output);
+        Kept<T>::put(shared.tiles(), 2 * (i * kRows + u) + 1, group[u].x);
       }
     }
 #pragma unroll
@@ -444,22 +447,22 @@ __device__ __forceinline__ void apply_backward(const BackwardArgs& args, const R
 #pragma unroll
   for (int e = 0; e < kGroup; ++e) affines.values[e] = gradients[e].affine;
   KeptColumns columns;
-  for (std::int64_t i = tiles_of<kRows>(walk, part); i-- > 0;) {
+  for (std::uint32_t i = tiles_of<kRows>(walk, part); i-- > 0;) {
     BackwardGroup<T> group[kRows];
     unsigned kept[kRows];
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       const RowGroup g = row_group<kRows>(walk, part, i, u);
-      kept[u] = columns.of(args.keep, walk, g);
+      kept[u] = columns.of(args.keep, walk, part, g);
       if (g.valid.empty()) continue;
       if (kept[u] && i < walk.kept_tiles) {
         group[u].grad_output = Kept<T>::get(kept_tiles, 2 * (i * kRows + u));
         group[u].x = Kept<T>::get(kept_tiles, 2 * (i * kRows + u) + 1);
       } else {
-        if (kept[u]) group[u].grad_output = load<T>(args.grad_output, walk, g, walk.aligned.grad_output);
-        if (kept[u] || args.training) group[u].x = load<T>(args.input, walk, g, walk.aligned.input);
+        if (kept[u]) group[u].grad_output = load<T>(args.grad_output, walk, part, g, walk.aligned.grad_output);
+        if (kept[u] || args.training) group[u].x = load<T>(args.input, walk, part, g, walk.aligned.input);
       }
-      if (kept[u]) load_besides(group[u], args, walk, g);
+      if (kept[u]) load_besides(group[u], args, walk, part, g);
     }
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
@@ -473,66 +476,82 @@ __device__ __forceinline__ void apply_backward(const BackwardArgs& args, const R
 #pragma unroll
         for (int e = 0; e < kGroup; ++e)
           result.set(e, input_gradient_at<S>(args, gradients, e, before[e], group[u].x[e]));
-        store(args.grad_input, walk, g, result, walk.aligned.grad_input);
+        store(args.grad_input, walk, part, g, result, walk.aligned.grad_input);
       }
       if (args.grad_residual.data) {
 #pragma unroll
         for (int e = 0; e < kGroup; ++e) result.set(e, before[e]);
-        store(args.grad_residual, walk, g, result, walk.aligned.grad_residual);
+        store(args.grad_residual, walk, part, g, result, walk.aligned.grad_residual);
       }
     }
   }
 }
 
-// Forward in one kernel. With several splits it has to be launched cooperatively: they meet in `partial`.
-template <class T, int kRows, Activations kWhich>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
-    rows_forward_on_chip(const ForwardArgs args, const RowsWalk walk, Pair* partial) {
-  using S = Compute<T>;
-  const RowsPart part(walk, blockIdx.x);
-  const RowsShared<ChannelAffine<S>> shared(walk);
-  collect_forward<T, kRows>(args, walk, part, shared);
-  write_partial(walk, part, shared, partial);
-  walk.splits > 1 ? grid_sync() : __syncthreads();
-  const std::int64_t first = std::int64_t{part.tile} * walk.tile_groups * kGroup;
-  each_channel(walk, first, walk.tile_channels(), partial, shared.parts,
-               [&](int i, std::int64_t channel, const Pair& sums, bool leads) {
-                 const Statistics found =
-                     batch_statistics(args, channel, column_origin<T>(args, channel), sums, leads && part.split == 0);
-                 shared.numbers[i] = channel_affine<S>(args, channel, found);
-               });
-  __syncthreads();
-  apply_forward<T, kRows, kWhich>(args, walk, part, of_columns(walk, part, shared.numbers, first), shared.tiles);
+// What is worked out once a channel's sums are known.
+template <class T>
+__device__ __forceinline__ void finish_channel(const ForwardArgs& args, std::int64_t channel, const Pair& sums,
+                                               ChannelAffine<Compute<T>>* numbers) {
+  const Statistics found = batch_statistics(args, channel, column_origin<T>(args, channel), sums, true);
+  numbers[channel] = channel_affine<Compute<T>>(args, channel, found);
+}
+template <class T>
+__device__ __forceinline__ void finish_channel(const BackwardArgs& args, std::int64_t channel, const Pair& sums,
+                                               Gradient<Compute<T>>* numbers) {
+  numbers[channel] = channel_gradient<Compute<T>>(args, channel, sums, true);
 }
 
+// In one kernel. With several splits it has to be launched cooperatively.
+template <class T, int kRows, Activations kWhich>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    rows_forward_on_chip(const ForwardArgs args, const RowsWalk walk, Pair* partial,
+                         ChannelAffine<Compute<T>>* numbers) {
+  const RowsPart part(walk, blockIdx.x);
+  const RowsShared shared;
+  collect_forward<T, kRows>(args, walk, part, shared);
+  write_partial(walk, part, shared, partial);
+  meet(walk, part, partial, [&](std::int64_t c, const Pair& sums) { finish_channel<T>(args, c, sums, numbers); });
+  apply_forward<T, kRows, kWhich>(args, walk, part, of_columns(walk, part, numbers), shared.tiles());
+}
+
+template <class T, int kRows, Activations kWhich>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    rows_backward_on_chip(const BackwardArgs args, const RowsWalk walk, Pair* partial, Gradient<Compute<T>>* numbers) {
+  const RowsPart part(walk, blockIdx.x);
+  const RowsShared shared;
+  collect_backward<T, kRows, kWhich>(args, walk, part, shared);
+  write_partial(walk, part, shared, partial);
+  meet(walk, part, partial, [&](std::int64_t c, const Pair& sums) { finish_channel<T>(args, c, sums, numbers); });
+  apply_backward<T, kRows, kWhich>(args, walk, part, of_columns(walk, part, numbers), shared.tiles());
+}
+
+// In three kernels: the first of them,
 template <class T, int kRows>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     rows_forward_sums(const ForwardArgs args, const RowsWalk walk, Pair* partial) {
   const RowsPart part(walk, blockIdx.x);
-  const RowsShared<ChannelAffine<Compute<T>>> shared(walk);
+  const RowsShared shared;
   collect_forward<T, kRows>(args, walk, part, shared);
   write_partial(walk, part, shared, partial);
 }
 
-// Each block finishes some channels; without `partial` (evaluation mode) by the running statistics.
-inline constexpr int kFinishedChannels = 8;
-
-template <class T>
+template <class T, int kRows, Activations kWhich>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
-    rows_forward_finish(const ForwardArgs args, const RowsWalk walk, const Pair* partial,
-                        ChannelAffine<Compute<T>>* numbers) {
-  const std::int64_t first = std::int64_t{blockIdx.x} * kFinishedChannels;
-  const std::int64_t left = walk.channels - first;
-  const int count = static_cast<int>(left < kFinishedChannels ? left : kFinishedChannels);
-  each_channel(walk, first, count, partial, reinterpret_cast<Pair*>(dynamic_shared()),
-               [&](int, std::int64_t channel, const Pair& sums, bool) {
-                 const double origin = column_origin<T>(args, channel);
-                 numbers[channel] =
-                     channel_affine<Compute<T>>(args, channel, batch_statistics(args, channel, origin, sums, true));
-               });
+    rows_backward_sums(const BackwardArgs args, const RowsWalk walk, Pair* partial) {
+  const RowsPart part(walk, blockIdx.x);
+  const RowsShared shared;
+  collect_backward<T, kRows, kWhich>(args, walk, part, shared);
+  write_partial(walk, part, shared, partial);
 }
 
-// In evaluation mode `numbers` is null: each thread works them out of the running statistics.
+// the second,
+template <class T, class Args, class Numbers>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    rows_finish(const Args args, const RowsWalk walk, const Pair* partial, Numbers* numbers) {
+  all_channels(walk, partial, [&](std::int64_t c, const Pair& sums) { finish_channel<T>(args, c, sums, numbers); });
+}
+
+// and the last, which begins where the first ended. Without sums it is the only one, and `numbers` is null: each thread
+// works them out itself.
 template <class T, int kRows, Activations kWhich>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     rows_forward_apply(const ForwardArgs args, const RowsWalk walk, const ChannelAffine<Compute<T>>* numbers) {
@@ -540,13 +559,13 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   const RowsPart part(walk, gridDim.x - 1 - blockIdx.x);
   PerElement<ChannelAffine<S>> affines{};
   if (numbers) {
-    affines = of_columns(walk, part, numbers, 0);
+    affines = of_columns(walk, part, numbers);
   } else {
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) {
       if (!part.active) continue;
-      const std::int64_t channel = part.channel(walk, e);
-      const bool leads = part.split == 0 && part.lane == 0 && part.group * kGroup + e < walk.channels;
+      const std::uint32_t channel = part.channel(walk, e);
+      const bool leads = part.split == 0 && part.lane == 0 && part.column + e < walk.channels;
       affines.values[e] = channel_affine<S>(args, channel, running_statistics(args, channel, leads));
     }
   }
@@ -555,53 +574,12 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 
 template <class T, int kRows, Activations kWhich>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
-    rows_backward_on_chip(const BackwardArgs args, const RowsWalk walk, Pair* partial) {
-  using S = Compute<T>;
-  const RowsPart part(walk, blockIdx.x);
-  const RowsShared<Gradient<S>> shared(walk);
-  collect_backward<T, kRows, kWhich>(args, walk, part, shared);
-  write_partial(walk, part, shared, partial);
-  walk.splits > 1 ? grid_sync() : __syncthreads();
-  const std::int64_t first = std::int64_t{part.tile} * walk.tile_groups * kGroup;
-  each_channel(walk, first, walk.tile_channels(), partial, shared.parts,
-               [&](int i, std::int64_t channel, const Pair& sums, bool leads) {
-                 shared.numbers[i] = channel_gradient<S>(args, channel, sums, leads && part.split == 0);
-               });
-  __syncthreads();
-  apply_backward<T, kRows, kWhich>(args, walk, part, of_columns(walk, part, shared.numbers, first), shared.tiles);
-}
-
-template <class T, int kRows, Activations kWhich>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
-    rows_backward_sums(const BackwardArgs args, const RowsWalk walk, Pair* partial) {
-  const RowsPart part(walk, blockIdx.x);
-  const RowsShared<Gradient<Compute<T>>> shared(walk);
-  collect_backward<T, kRows, kWhich>(args, walk, part, shared);
-  write_partial(walk, part, shared, partial);
-}
-
-template <class T>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
-    rows_backward_finish(const BackwardArgs args, const RowsWalk walk, const Pair* partial,
-                         Gradient<Compute<T>>* numbers) {
-  const std::int64_t first = std::int64_t{blockIdx.x} * kFinishedChannels;
-  const std::int64_t left = walk.channels - first;
-  const int count = static_cast<int>(left < kFinishedChannels ? left : kFinishedChannels);
-  each_channel(walk, first, count, partial, reinterpret_cast<Pair*>(dynamic_shared()),
-               [&](int, std::int64_t channel, const Pair& sums, bool) {
-                 numbers[channel] = channel_gradient<Compute<T>>(args, channel, sums, true);
-               });
-}
-
-// `numbers` is null where nothing depends on sums.
-template <class T, int kRows, Activations kWhich>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     rows_backward_apply(const BackwardArgs args, const RowsWalk walk, const Gradient<Compute<T>>* numbers) {
   using S = Compute<T>;
   const RowsPart part(walk, gridDim.x - 1 - blockIdx.x);
   PerElement<Gradient<S>> gradients{};
   if (numbers) {
-    gradients = of_columns(walk, part, numbers, 0);
+    gradients = of_columns(walk, part, numbers);
   } else {
 #pragma unroll
     for (int e = 0; e < kGroup; ++e)

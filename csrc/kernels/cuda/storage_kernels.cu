@@ -54,7 +54,7 @@ PlanesWalk planes_walk(const Args& args, const Plan& plan, int in_hand) {
   const auto tile = static_cast<std::uint32_t>(plan.threads * in_hand);
   walk.tiles = (walk.groups + tile - 1) / tile;
   walk.splits = plan.splits;
-  walk.kept_tiles = plan.kept_tiles;
+  walk.kept_tiles = static_cast<std::uint32_t>(plan.kept_tiles);
   walk.aligned = aligned(args);
   return walk;
 }
@@ -64,19 +64,19 @@ RowsWalk rows_walk(const Args& args, const Plan& plan) {
   const Shape& shape = args.shape;
   RowsWalk walk;
   walk.channels = shape.channels;
-  walk.spatial = shape.spatial;
+  walk.by_spatial = Divisor(static_cast<std::uint32_t>(shape.spatial));
   walk.rows_per_run = static_cast<int>(rows_per_run(shape));
   walk.columns = walk.rows_per_run * shape.channels;
   const std::int64_t rows = shape.count_per_channel();
-  walk.runs = (rows + walk.rows_per_run - 1) / walk.rows_per_run;
-  walk.last_columns = (rows - (walk.runs - 1) * walk.rows_per_run) * shape.channels;
+  walk.runs = static_cast<std::uint32_t>((rows + walk.rows_per_run - 1) / walk.rows_per_run);
+  walk.last_columns = (rows - std::int64_t{walk.runs - 1} * walk.rows_per_run) * shape.channels;
   walk.by_channels = Divisor(static_cast<std::uint32_t>(shape.channels));
   walk.groups = groups_per_run(shape);
   walk.tile_groups = plan.tile_groups;
   walk.tiles = plan.tiles;
   walk.lanes = plan.threads / plan.tile_groups;
   walk.splits = plan.splits;
-  walk.kept_tiles = plan.kept_tiles;
+  walk.kept_tiles = static_cast<std::uint32_t>(plan.kept_tiles);
   walk.aligned_mask = is_aligned(args.keep.planes);
   walk.aligned = aligned(args);
   return walk;
@@ -105,11 +105,11 @@ LaunchShape finish_launch(const Shape& tensor) {
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>((tensor.channels + kFinishedChannels - 1) / kFinishedChannels));
   shape.block = dim3(kRowThreads);
-  shape.shared_bytes = kRowThreads * sizeof(Pair);
+  shape.shared_bytes = rows_shared_bytes(kRowThreads);
   return shape;
 }
 
-// Where rows_split keeps what it works out for each channel: behind the partial sums.
+// Where the rows kernels keep what they work out for each channel: behind the partial sums.
 template <class Numbers>
 Numbers* numbers_behind(Pair* partial, const RowsWalk& walk) {
   return reinterpret_cast<Numbers*>(partial + walk.splits * walk.columns);
@@ -117,7 +117,7 @@ Numbers* numbers_behind(Pair* partial, const RowsWalk& walk) {
 
 template <Activations kWhich>
 Error forward_planes(const ForwardArgs& args, const Plan& plan, Pair* partial, Stream stream) {
-  constexpr int kTile = groups_in_hand(sizeof(T), kWhich);
+  constexpr int kTile = groups_in_hand(sizeof(T), kWhich, false, false);
   const PlanesWalk walk = planes_walk(args, plan, kTile);
   const LaunchShape shape = planes_launch(args, plan);
   if (plan.path == Path::planes_on_chip)
@@ -129,7 +129,7 @@ Error forward_planes(const ForwardArgs& args, const Plan& plan, Pair* partial, S
 
 template <Activations kWhich>
 Error backward_planes(const BackwardArgs& args, const Plan& plan, Pair* partial, Stream stream) {
-  constexpr int kTile = groups_in_hand(sizeof(T), kWhich);
+  constexpr int kTile = groups_in_hand(sizeof(T), kWhich, true, false);
   const PlanesWalk walk = planes_walk(args, plan, kTile);
   const LaunchShape shape = planes_launch(args, plan);
   if (plan.path == Path::planes_on_chip)
@@ -143,38 +143,36 @@ Error backward_planes(const BackwardArgs& args, const Plan& plan, Pair* partial,
 
 template <Activations kWhich>
 Error forward_rows(const ForwardArgs& args, const Plan& plan, Pair* partial, Stream stream) {
-  constexpr int kRows = groups_in_hand(sizeof(T), kWhich);
+  constexpr int kRows = groups_in_hand(sizeof(T), kWhich, false, true);
   const RowsWalk walk = rows_walk(args, plan);
   const LaunchShape shape = rows_launch(plan);
+  auto* numbers = numbers_behind<ChannelAffine<S>>(partial, walk);
   if (plan.path == Path::rows_one_block || plan.path == Path::rows_on_chip)
-    return launch(rows_forward_on_chip<T, kRows, kWhich>, shape, stream, args, walk, partial);
-  ChannelAffine<S>* numbers = nullptr;
-  if (plan.path == Path::rows_split) {
-    numbers = numbers_behind<ChannelAffine<S>>(partial, walk);
-    if (const Error error = launch(rows_forward_sums<T, kRows>, shape, stream, args, walk, partial)) return error;
-    if (const Error error =
-            launch(rows_forward_finish<T>, finish_launch(args.shape), stream, args, walk, partial, numbers))
-      return error;
-  }
+    return launch(rows_forward_on_chip<T, kRows, kWhich>, shape, stream, args, walk, partial, numbers);
+  if (plan.path == Path::rows_pointwise)
+    return launch(rows_forward_apply<T, kRows, kWhich>, shape, stream, args, walk, nullptr);
+  if (const Error error = launch(rows_forward_sums<T, kRows>, shape, stream, args, walk, partial)) return error;
+  if (const Error error = launch(rows_finish<T, ForwardArgs, ChannelAffine<S>>, finish_launch(args.shape), stream, args,
+                                 walk, partial, numbers))
+    return error;
   return launch(rows_forward_apply<T, kRows, kWhich>, shape, stream, args, walk, numbers);
 }
 
 template <Activations kWhich>
 Error backward_rows(const BackwardArgs& args, const Plan& plan, Pair* partial, Stream stream) {
-  constexpr int kRows = groups_in_hand(sizeof(T), kWhich, true);
+  constexpr int kRows = groups_in_hand(sizeof(T), kWhich, true, true);
   const RowsWalk walk = rows_walk(args, plan);
   const LaunchShape shape = rows_launch(plan);
+  auto* numbers = numbers_behind<Gradient<S>>(partial, walk);
   if (plan.path == Path::rows_one_block || plan.path == Path::rows_on_chip)
-    return launch(rows_backward_on_chip<T, kRows, kWhich>, shape, stream, args, walk, partial);
-  Gradient<S>* numbers = nullptr;
-  if (plan.path == Path::rows_split) {
-    numbers = numbers_behind<Gradient<S>>(partial, walk);
-    if (const Error error = launch(rows_backward_sums<T, kRows, kWhich>, shape, stream, args, walk, partial))
-      return error;
-    if (const Error error =
-            launch(rows_backward_finish<T>, finish_launch(args.shape), stream, args, walk, partial, numbers))
-      return error;
-  }
+    return launch(rows_backward_on_chip<T, kRows, kWhich>, shape, stream, args, walk, partial, numbers);
+  if (plan.path == Path::rows_pointwise)
+    return launch(rows_backward_apply<T, kRows, kWhich>, shape, stream, args, walk, nullptr);
+  if (const Error error = launch(rows_backward_sums<T, kRows, kWhich>, shape, stream, args, walk, partial))
+    return error;
+  if (const Error error = launch(rows_finish<T, BackwardArgs, Gradient<S>>, finish_launch(args.shape), stream, args,
+                                 walk, partial, numbers))
+    return error;
   return launch(rows_backward_apply<T, kRows, kWhich>, shape, stream, args, walk, numbers);
 }
 
