@@ -1,4 +1,4 @@
-"""Calls the emulated CUDA kernels on tensors: every buffer stands between canaries, and what is to be written is NaN."""
+"""Calls the emulated CUDA kernels on tensors: buffers stand between canaries, and what is to be written is NaN."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GPUS = {
     "turing": (4, 65536, 65536, 1),
     "one processor": (1, 232448, 233472, 1),
     # So little memory that small planes need a cluster, or two kernels. Rows need more.
-    "little memory": (4, 3072, 8192, 8),
+    "little memory": (4, 5200, 12800, 8),
     "least memory": (4, 1024, 4096, 1),
 }
 
@@ -86,8 +86,8 @@ class Emulation:
     gpu: str = "hopper"
     order: str = "up"
     guarded: bool = True
-    #: The paths that calls took.
-    paths: list[str] = field(default_factory=list)
+    #: The plans of the calls so far.
+    plans: list[Any] = field(default_factory=list)
 
     def device(self, rows: bool) -> Any:
         """What the plan knows of the GPU."""
@@ -141,7 +141,7 @@ def from_memory_order(flat: Tensor, like: Tensor, rows: bool) -> Tensor:
 
 
 def _view(t: Tensor, rows: bool) -> Tensor:
-    """`t` as (rows, C) or (N, C, S), of which the last dimension is adjacent; a copy where its strides do not allow it."""
+    """`t` as (rows, C) or (N, C, S), the last dimension adjacent; a copy where its strides do not allow it."""
     n, c = t.shape[:2]
     try:
         view = t.movedim(1, -1).view(-1, c) if rows else t.view(n, c, -1)
@@ -249,7 +249,7 @@ class Wanted:
 
 
 def run(emulation: Emulation, emulated: EmulatedSample, wanted: Wanted = Wanted()) -> Results:
-    """What `tests.oracle.run` finds of the sample, by the emulated kernels; gradients only as far as they are wanted."""
+    """What `tests.oracle.run` finds of the sample, by the emulated kernels; of gradients, those that are wanted."""
     sample, case = emulated.sample, emulated.sample.case
     activation = activations.resolve(ACTIVATIONS[case.act])
     save_bits = sample.residual is not None and activation.derivatives is not None
@@ -289,7 +289,7 @@ class _Forward:
         args.mean, args.invstd = self.mean.data_ptr(), self.invstd.data_ptr()
         device = emulation.device(call.rows)
         plan = module.plan_forward(args, device)
-        emulation.paths.append(plan.path)
+        emulation.plans.append(plan)
         module.batch_norm_act_forward(args, plan, call.workspace(plan))
         call.memory.check()
         self.results: Results = {"output": output, **state}
@@ -331,6 +331,6 @@ class _Backward:
         args.invstd = call.memory.constant(forward.invstd).data_ptr()
         args.training = case.training
         plan = module.plan_backward(args, emulation.device(call.rows))
-        emulation.paths.append(plan.path)
+        emulation.plans.append(plan)
         module.batch_norm_act_backward(args, plan, call.workspace(plan))
         call.memory.check()

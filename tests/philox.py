@@ -1,4 +1,4 @@
-"""Element-wise dropout's random numbers as plain NumPy: Philox4x32-10 (Salmon et al. 2011), the oracle of the kernels'."""
+"""Random numbers of element-wise dropout in plain NumPy, the kernels' oracle: Philox4x32-10 (Salmon et al. 2011)."""
 
 from __future__ import annotations
 

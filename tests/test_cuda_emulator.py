@@ -1,4 +1,4 @@
-"""The emulator under which the CUDA kernels are tested: that it does what CUDA does, and reports what CUDA leaves open."""
+"""The emulator under which CUDA kernels are tested: it does what CUDA does, and reports what CUDA leaves open."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class TestBlocksTogether:
             run(emulated, "rotate_cluster_at_once", 64, grid=[2], shared_bytes=128, cluster=2)
 
     def test_of_a_cluster_must_not_end_before_they_are_read(self, emulated: ModuleType) -> None:
-        with pytest.raises(RuntimeError, match="the block of rank [01] is ending, and its shared memory with it"):
+        with pytest.raises(RuntimeError, match=r"the block of rank [01] is ending, and its shared memory with it"):
             run(emulated, "rotate_cluster_and_leave", 64, grid=[2], shared_bytes=128, cluster=2)
 
     def test_of_a_cluster_must_not_end_before_the_barrier(self, emulated: ModuleType) -> None:
@@ -153,7 +153,7 @@ class TestErrors:
 
     def test_of_a_kernel_reach_the_caller(self, in_any_order: ModuleType) -> None:
         for _ in range(3):
-            with pytest.raises(ValueError, match="^thrown by thread 5$"):
+            with pytest.raises(ValueError, match=r"^thrown by thread 5$"):
                 run(in_any_order, "throws", 1, grid=[2], block=[64])
         assert run(in_any_order, "reverse_block", 2, block=[2], shared_bytes=8).tolist() == [1, 0]
 
@@ -176,7 +176,7 @@ class TestErrors:
         ids=str,
     )
     def test_of_launches_that_no_gpu_takes(self, emulated: ModuleType, launch: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match="^launch: "):
+        with pytest.raises(ValueError, match=r"^launch: "):
             run(emulated, "last_thread", 1, **launch)
 
     def test_of_no_launch_that_a_gpu_takes(self, emulated: ModuleType) -> None:
