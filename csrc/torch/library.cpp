@@ -45,6 +45,8 @@ STABLE_TORCH_LIBRARY(fastlayers, m) {
   m.def("dropout(Tensor input, Tensor mask, float scale) -> Tensor");
   m.def("pack_mask(Tensor mask, bool flat) -> Tensor");
   m.def("unpack_mask(Tensor bits, Tensor like, bool flat) -> Tensor");
+  // Of a GPU's masks, which are seeds: see reference.py.
+  m.def("element_mask(Tensor seed, Tensor like, float drop_scale) -> Tensor");
   m.def("draw_channel_mask(Tensor state, Tensor like, float keep_probability) -> (Tensor mask, Tensor next_state)");
   m.def(
       "draw_element_mask(Tensor state, Tensor like, float keep_probability, bool flat) "
