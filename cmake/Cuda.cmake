@@ -1,22 +1,26 @@
-# Builds csrc/kernels/cuda as the object library fastlayers_cuda, where that is wanted and nvcc works. Sets
-# FASTLAYERS_HAVE_CUDA, FASTLAYERS_CUDA_COMPILER and FASTLAYERS_CUDA_ARCHS, or FASTLAYERS_WHY_NO_CUDA.
+# Builds csrc/kernels/cuda: fastlayers_cuda_plan, host code that every build has, and, where that is wanted and nvcc works,
+# the static library fastlayers_cuda. Sets FASTLAYERS_HAVE_CUDA, FASTLAYERS_CUDA_COMPILER and FASTLAYERS_CUDA_ARCHS, or
+# FASTLAYERS_WHY_NO_CUDA.
 include(CheckLanguage)
 include(CudaArchs)
+
+set(cuda_folder "${PROJECT_SOURCE_DIR}/csrc/kernels/cuda")
+file(GLOB plan_sources CONFIGURE_DEPENDS "${cuda_folder}/*.cpp")
+add_library(fastlayers_cuda_plan STATIC ${plan_sources})
+target_compile_options(fastlayers_cuda_plan PRIVATE ${FASTLAYERS_WARNINGS})
 
 if(NOT FASTLAYERS_CUDA MATCHES "^(auto|0|1)$")
   message(FATAL_ERROR "FASTLAYERS_CUDA='${FASTLAYERS_CUDA}': allowed are auto (CUDA kernels where nvcc works), 0 and 1")
 endif()
 
 set(FASTLAYERS_HAVE_CUDA 0)
-file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/kernels/cuda/*.cu)
 if(FASTLAYERS_CUDA STREQUAL 0)
   set(FASTLAYERS_WHY_NO_CUDA "FASTLAYERS_CUDA=0 was set")
-elseif(NOT cuda_sources)
-  set(FASTLAYERS_WHY_NO_CUDA "this version of fastlayers has no CUDA kernels")
 else()
   if(NOT CMAKE_CUDA_COMPILER)
     unset(CMAKE_CUDA_COMPILER CACHE)  # "none", from an earlier look: there may be one by now
   endif()
+  # FASTLAYERS_NVCC: from cmake_call.py, where one was installed by pip.
   find_program(FASTLAYERS_NVCC nvcc HINTS "$ENV{CUDA_HOME}/bin" PATHS /usr/local/cuda/bin)
   if(FASTLAYERS_NVCC AND NOT DEFINED ENV{CUDACXX})
     set(ENV{CUDACXX} "${FASTLAYERS_NVCC}")  # where CMake looks for it
@@ -29,14 +33,39 @@ else()
   endif()
 endif()
 
+# fastlayers_add_cuda_kernels(<target> <archs>): a static library of the kernels for these architectures, compiled once
+# per storage type, and of what surrounds them.
+function(fastlayers_add_cuda_kernels target archs)
+  file(GLOB sources CONFIGURE_DEPENDS "${cuda_folder}/*.cu")
+  list(FILTER sources EXCLUDE REGEX "/storage_kernels\\.cu$")
+  add_library(${target} STATIC ${sources})
+  set(parts ${target})
+  foreach(storage f32 f64 bf16 f16)
+    set(object ${target}_${storage})
+    add_library(${object} OBJECT "${cuda_folder}/storage_kernels.cu")
+    target_compile_definitions(${object} PRIVATE FASTLAYERS_STORAGE=${storage})
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)
+    list(APPEND parts ${object})
+  endforeach()
+  foreach(part IN LISTS parts)
+    target_compile_options(${part} PRIVATE ${FASTLAYERS_CUDA_FLAGS})
+    set_target_properties(${part} PROPERTIES
+      CUDA_ARCHITECTURES "${archs}" CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF)
+  endforeach()
+  target_link_libraries(${target} PUBLIC fastlayers_cuda_plan)
+endfunction()
+
 if(FASTLAYERS_HAVE_CUDA)
+  # The CUDA runtime is linked statically, so that the library also loads beside a CPU-only torch.
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   enable_language(CUDA)
   set(FASTLAYERS_CUDA_COMPILER "${CMAKE_CUDA_COMPILER_ID} ${CMAKE_CUDA_COMPILER_VERSION}")
+  set(FASTLAYERS_CUDA_FLAGS
+    --expt-relaxed-constexpr  # constexpr functions of the standard library in kernels
+    # A kernel whose registers or arrays end up in memory is slow without a word; so it does not compile.
+    -Xptxas --warn-on-spills,--warn-on-local-memory-usage,--warning-as-error)
   fastlayers_cuda_archs(FASTLAYERS_CUDA_ARCHS "${FASTLAYERS_CUDA_ARCH_LIST}" ${CMAKE_CUDA_COMPILER_VERSION})
-  add_library(fastlayers_cuda OBJECT ${cuda_sources})
-  # The CUDA runtime is linked statically, so that the library also loads beside a CPU-only torch.
-  set_target_properties(fastlayers_cuda PROPERTIES
-    CUDA_ARCHITECTURES "${FASTLAYERS_CUDA_ARCHS}" CUDA_RUNTIME_LIBRARY Static)
+  fastlayers_add_cuda_kernels(fastlayers_cuda "${FASTLAYERS_CUDA_ARCHS}")
 elseif(FASTLAYERS_CUDA STREQUAL 1)
   message(FATAL_ERROR "FASTLAYERS_CUDA=1 asks for CUDA kernels, but ${FASTLAYERS_WHY_NO_CUDA}. "
     "FASTLAYERS_CUDA=auto builds without them.")

@@ -8,7 +8,7 @@ target_compile_definitions(fastlayers_ops PRIVATE
 # SYSTEM: the warnings of these headers are not ours.
 target_include_directories(fastlayers_ops SYSTEM PRIVATE "${FASTLAYERS_TORCH_ROOT}/include" ${Python_INCLUDE_DIRS})
 
-target_link_libraries(fastlayers_ops PRIVATE fastlayers_cpu $<TARGET_NAME_IF_EXISTS:fastlayers_cuda>)
+target_link_libraries(fastlayers_ops PRIVATE fastlayers_cpu fastlayers_cuda_plan $<TARGET_NAME_IF_EXISTS:fastlayers_cuda>)
 # Not find_package(Torch): it wants the whole CUDA toolkit of a CUDA torch, and links more than the stable ABI.
 target_link_directories(fastlayers_ops PRIVATE "${FASTLAYERS_TORCH_ROOT}/lib")
 # no-as-needed: the function for CUDA's current stream is weak and resolves only through libtorch, of which nothing else

@@ -83,6 +83,23 @@ class Case:
         return " ".join(texts)
 
 
+#: Names of choices that set several attributes of a case at once.
+TOGETHER = {
+    "dtypes": ("dtype", "param_dtype"),
+    "mode": ("training", "track", "momentum"),
+    "dropout": ("drop_p", "drop_mode"),
+}
+
+
+def case_of(choices: Mapping[str, Any]) -> Case:
+    """The case of these attributes; those of TOGETHER have a tuple for each choice."""
+    attributes = dict(choices)
+    for name, parts in TOGETHER.items():
+        if name in attributes:
+            attributes |= zip(parts, attributes.pop(name), strict=True)
+    return Case(**attributes)
+
+
 def _text(name: str, value: object) -> str:
     if name == "shape" and isinstance(value, tuple):
         return "x".join(map(str, value))

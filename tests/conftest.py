@@ -18,6 +18,9 @@ CAPABILITIES = ("avx512", "avx2", "baseline")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device of the tests that take one: cpu (default) or cuda")
+    parser.addoption(
+        "--sanitizer", choices=("address", "thread"), help="emulate CUDA kernels compiled with it (see .ci/sanitize)"
+    )
 
 
 @pytest.hookimpl(trylast=True)  # so that the instruction sets take turns on the same sample
@@ -76,13 +79,26 @@ def _same_random_numbers() -> None:
 
 @pytest.fixture(scope="session")
 def cpp() -> ModuleType:
-    """The C++ test module, tests/cpp, built by CMake unless it is up to date."""
+    """The C++ test module, tests/cpp."""
+    return _compiled("fastlayers_cpp_tests", "fastlayers_cpp_tests", "tests")
+
+
+@pytest.fixture(scope="session")
+def cuda_emulated(pytestconfig: pytest.Config) -> ModuleType:
+    """The CUDA kernels on the CPU, tests/cuda_emulation."""
+    sanitizer = pytestconfig.getoption("--sanitizer")
+    target = f"fastlayers_cuda_emulated_{sanitizer}" if sanitizer else "fastlayers_cuda_emulated"
+    return _compiled(target, "fastlayers_cuda_emulated", target)
+
+
+def _compiled(target: str, module: str, subfolder: str) -> ModuleType:
+    """A Python module that CMake builds as `target`, unless it is up to date, into a folder of the build folder."""
     try:
-        folder = cmake_call.build("fastlayers_cpp_tests", FASTLAYERS_BUILD_TESTS="ON") / "tests"
+        folder = cmake_call.build(target, FASTLAYERS_BUILD_TESTS="ON") / subfolder
     except SystemExit as error:
-        pytest.fail(f"tests/cpp could not be built: {error}")
+        pytest.fail(f"{target} could not be built: {error}")
     sys.path.insert(0, str(folder))
     try:
-        return importlib.import_module("fastlayers_cpp_tests")
+        return importlib.import_module(module)
     finally:
         sys.path.remove(str(folder))

@@ -163,12 +163,17 @@ def check(case: Case, device: torch.device) -> None:
     """Runs the operator under test on `case` and compares all that comes out."""
     sample, exact_results, eager_results = expected(case, device)
     results = run(fused, sample.fresh())
+    compare(results, sample, exact_results, eager_results)
+    like = torch.empty_like(sample.input)
+    assert results["output"].stride() == like.stride()
+    assert results["gradient of input"].stride() == like.stride()
+
+
+def compare(results: Results, sample: Sample, exact_results: Results, eager_results: Results) -> None:
+    """Compares all results of the operator under test."""
     assert results.keys() == exact_results.keys()
     for name, got in results.items():
         if name == "num_batches_tracked":
             assert torch.equal(got, eager_results[name])
         else:
             assert_close(name, got, exact_results[name], eager_results[name], _size(name, sample))
-    like = torch.empty_like(sample.input)
-    assert results["output"].stride() == like.stride()
-    assert results["gradient of input"].stride() == like.stride()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import ACTIVATIONS, Case, pairwise
+from tests.cases import ACTIVATIONS, Case, case_of, pairwise
 from tests.layouts import LAYOUTS
 from tests.oracle import check
 
@@ -45,12 +45,6 @@ LARGE_SHAPES = [
     (9, 3, 128, 130),  # tiles of runs of narrow rows
 ]
 _DTYPES = [(f32, f32), (f64, f64), (bf16, f32), (bf16, bf16), (f16, f32), (f16, f16)]
-# Attributes of a case that are one choice.
-_TOGETHER = {
-    "dtypes": ("dtype", "param_dtype"),
-    "mode": ("training", "track", "momentum"),
-    "dropout": ("drop_p", "drop_mode"),
-}
 _OPTIONS: dict[str, list[Any]] = {
     "affine": ["both", "none", "no bias", "frozen weight"],
     "mode": [(True, True, 0.1), (True, True, None), (True, False, 0.1), (False, True, 0.1)],
@@ -58,15 +52,8 @@ _OPTIONS: dict[str, list[Any]] = {
 }
 
 
-def _case(row: dict[str, Any]) -> Case:
-    attributes = dict(row)
-    for factor, names in _TOGETHER.items():
-        attributes |= zip(names, attributes.pop(factor), strict=True)
-    return Case(**attributes)
-
-
 def _cases(**factors: list[Any]) -> list[Case]:
-    return [_case(row) for row in pairwise(factors | _OPTIONS)]
+    return [case_of(row) for row in pairwise(factors | _OPTIONS)]
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ class Rows {
   }
   std::int64_t lanes(const Plan& plan) const { return plan.threads / plan.tile_groups; }
   std::int64_t row_tiles(const Plan& plan) const { return ceil_div(runs_, lanes(plan) * request_.in_hand()); }
-  bool fits(const Plan& plan) const { return plan.tiles > 0 && plan.kept_tiles * plan.splits >= row_tiles(plan); }
+  bool fits(const Plan& plan) const { return plan.threads > 0 && plan.kept_tiles * plan.splits >= row_tiles(plan); }
 
   // Keeps as many of its tiles as there is room for.
   void keep(Plan& plan) const {

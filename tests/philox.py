@@ -1,0 +1,30 @@
+"""Element-wise dropout's random numbers as plain NumPy: Philox4x32-10 (Salmon et al. 2011), the oracle of the kernels'."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+
+
+def words(seed: int, count: int) -> NDArray[np.uint32]:
+    """The first `count` random words for the int64 `seed`: word i % 4 of the counter i // 4, for each i."""
+    counter = np.arange((count + 3) // 4, dtype=np.uint64)
+    c = [counter & _LOW, counter >> _HALF, np.zeros_like(counter), np.zeros_like(counter)]
+    key = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    for _ in range(10):
+        a, b = c[0] * _MULTIPLIERS[0], c[2] * _MULTIPLIERS[1]
+        c = [(b >> _HALF) ^ c[1] ^ np.uint64(key[0]), b & _LOW, (a >> _HALF) ^ c[3] ^ np.uint64(key[1]), a & _LOW]
+        key = [(k + w) & 0xFFFFFFFF for k, w in zip(key, _WEYL, strict=True)]
+    return np.stack(c, 1).astype(np.uint32).ravel()[:count]
+
+
+def kept(seed: int, count: int, p: float) -> Tensor:
+    """Which of the first `count` elements dropout with `p` keeps: bool, (count,)."""
+    return torch.from_numpy(words(seed, count).astype(np.int64) < round((1 - p) * 2**32))
