@@ -10,4 +10,8 @@ endfunction()
 
 json_array(isas ${FASTLAYERS_ISAS})
 json_array(cuda_archs ${FASTLAYERS_CUDA_ARCHS})
+set(cuda_kernels false)
+if(FASTLAYERS_HAVE_CUDA)
+  set(cuda_kernels true)
+endif()
 configure_file(cmake/build_info.json.in build_info.json @ONLY)

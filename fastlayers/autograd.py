@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlayers import masks, ops, reference
+from fastlayers import backends, masks, reference
 from fastlayers.activations import IDENTITY, Activation
 
 _Grads = tuple[Tensor | None, ...]
@@ -26,6 +26,7 @@ class _Call(NamedTuple):
     eps: float
     activation: Activation
     drop_p: float
+    backend: str  # backward's too, whatever is set by then: what forward saves has a format of its own
 
 
 class _Saved(NamedTuple):
@@ -56,9 +57,10 @@ def batch_norm_act(
     eps: float,
     activation: Activation,
     drop_p: float,
+    backend: str,
 ) -> Tensor:
-    """The fused operator. `mask` is one of `masks.draw_for_kernels`."""
-    call = _Call(training, momentum, eps, activation, drop_p)
+    """The fused operator, by the kernels of `backend`. `mask` is drawn for them, by `masks`."""
+    call = _Call(training, momentum, eps, activation, drop_p, backend)
     tensors = (input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4]):
         output: Tensor = _BatchNormAct.apply(*tensors, call)
@@ -96,7 +98,7 @@ def _forward(tensors: Any, call: _Call, save_flat_bits: bool) -> _FourTensors:
         written = [t for t in tensors[5:] if t is not None and not t.is_inference()]
         if written:
             torch.autograd.graph.increment_version(written)
-    result: _FourTensors = ops.batch_norm_act_fwd(
+    result: _FourTensors = backends.op_set(call.backend).batch_norm_act_fwd(
         *tensors, call.training, call.momentum, call.eps,
         call.activation.code, call.activation.params, masks.scale(call.drop_p), save_flat_bits,
     )  # fmt: skip
@@ -105,7 +107,7 @@ def _forward(tensors: Any, call: _Call, save_flat_bits: bool) -> _FourTensors:
 
 def _backward(grad_output: Tensor, *args: Any) -> _FourTensors:
     *saved, call, wanted = args
-    result: _FourTensors = ops.batch_norm_act_bwd(
+    result: _FourTensors = backends.op_set(call.backend).batch_norm_act_bwd(
         grad_output, *saved, call.training, call.activation.code, call.activation.params, masks.scale(call.drop_p),
         wanted[0], wanted[1] or wanted[2], wanted[3],
     )  # fmt: skip
@@ -151,7 +153,7 @@ def _gradients(
 
 def _differentiable_gradients(grad_output: Tensor, saved: _Saved, call: _Call) -> _Grads:
     """What the backward kernel computes, as a graph of plain PyTorch operations; None for what needs no gradient."""
-    input, activation = saved.input, call.activation
+    input, activation, ops = saved.input, call.activation, backends.op_set(call.backend)
     mean, invstd = saved.mean, saved.invstd
     if call.training:
         mean, var = reference.batch_statistics(input)
@@ -160,6 +162,8 @@ def _differentiable_gradients(grad_output: Tensor, saved: _Saved, call: _Call) -
     mask = saved.mask
     if mask is not None and mask.dtype == torch.uint8:
         mask = ops.unpack_mask(mask, input, False)
+    elif mask is not None and mask.dtype == torch.int64:
+        mask = ops.element_mask(mask, input, masks.scale(call.drop_p))
     grad = reference.apply_mask(grad_output.to(z.dtype), mask, call.drop_p)
     if saved.flat_bits is not None and activation.derivatives is not None:
         flat, elsewhere = activation.derivatives
@@ -171,12 +175,15 @@ def _differentiable_gradients(grad_output: Tensor, saved: _Saved, call: _Call) -
     return (*_gradients([z], (input, saved.weight, saved.bias), [grad], True), grad.to(input.dtype))
 
 
-def dropout(input: Tensor, mask: Tensor, p: float) -> Tensor:
-    """`input` times `mask` / (1 - p), zero where the mask is. `mask` is one of `masks.draw_for_kernels`, flat."""
+def dropout(input: Tensor, mask: Tensor, p: float, backend: str) -> Tensor:
+    """`input` times `mask` / (1 - p), zero where the mask is, by the kernels of `backend`.
+
+    `mask` is drawn for them, by `masks`; if it is one of bits, flat.
+    """
     if torch.is_grad_enabled() and input.requires_grad:
-        output: Tensor = _Dropout.apply(input, mask, masks.scale(p))
+        output: Tensor = _Dropout.apply(input, mask, masks.scale(p), backend)
     else:
-        output = ops.dropout(input, mask, masks.scale(p))
+        output = backends.op_set(backend).dropout(input, mask, masks.scale(p))
     return output
 
 
@@ -184,14 +191,19 @@ class _Dropout(torch.autograd.Function):
     """Linear, so that its gradient is itself: backward applies the Function once more, any number of times."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, mask: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
+    def forward(ctx: Any, input: Tensor, mask: Tensor, scale: float, backend: str) -> Tensor:
+        ctx.scale, ctx.backend = scale, backend
         ctx.save_for_backward(mask)
-        output: Tensor = ops.dropout(input, mask, scale)
+        output: Tensor = backends.op_set(backend).dropout(input, mask, scale)
+        # An element-wise mask, which has one dimension, is by the order of memory.
+        ctx.strides = output.stride() if mask.dim() == 1 else None
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> _Grads:
-        (mask,) = ctx.saved_tensors
-        run = _Dropout.apply if torch.is_grad_enabled() else ops.dropout
-        return run(grad_outputs[0], mask, ctx.scale), None, None
+        (mask,), (grad,) = ctx.saved_tensors, grad_outputs
+        if ctx.strides is not None and grad.stride() != ctx.strides:
+            grad = grad.new_empty_strided(grad.shape, ctx.strides).copy_(grad)
+        if torch.is_grad_enabled():
+            return _Dropout.apply(grad, mask, ctx.scale, ctx.backend), None, None, None
+        return backends.op_set(ctx.backend).dropout(grad, mask, ctx.scale), None, None, None

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import NamedTuple
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from fastlayers import ops
+
 NAMES = ("auto", "cpp", "cuda", "triton", "reference")
 OPS = ("batch_norm_act", "dropout")
-
-#: Device types that the compiled kernels serve.
-CPP_DEVICES = ("cpu",)
 
 #: Up to this many elements, torch's own layers one after the other take less time than an autograd.Function written in
 #: Python around one kernel, forward and backward (docs/performance.md). Where channels are adjacent torch is faster.
 SMALL_PLANES, SMALL_ROWS = 48 * 1024, 144 * 1024
+
+# The kernels that "auto" tries on a device, the fastest first; after them comes the reference.
+_KERNELS = {"cpu": ("cpp",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
 _current = "auto"
 
@@ -31,6 +34,27 @@ class Choice(NamedTuple):
     why: str
 
 
+class OpSet(Protocol):
+    """The operators of a backend, by the schemas of csrc/torch/library.cpp.
+
+    What they save for their own backward (``flat_bits``, masks of bits, seeds) has a format of their own.
+    """
+
+    batch_norm_act_fwd: Any
+    batch_norm_act_bwd: Any
+    dropout: Any
+    unpack_mask: Any
+    element_mask: Any
+
+
+_OP_SETS: dict[str, OpSet] = {"cpp": ops, "cuda": ops}
+
+
+def op_set(backend: str) -> OpSet:
+    """The operators of a backend that `serving` named."""
+    return _OP_SETS[backend]
+
+
 def get_backend() -> str:
     """The name that was last given to `set_backend`; "auto" at first."""
     return _current
@@ -41,7 +65,8 @@ def set_backend(name: str) -> None:
 
     Args:
         name: "auto" takes the fastest that serves the tensor's device (`explain` says which and why); "cpp" the
-            compiled CPU kernels; "reference" plain PyTorch.
+            compiled CPU kernels; "cuda" the compiled CUDA kernels; "triton" the Triton kernels, which serve CPU tensors
+            only where TRITON_INTERPRET=1 was set from the start; "reference" plain PyTorch.
 
     Raises:
         ValueError: an unknown name.
@@ -50,11 +75,10 @@ def set_backend(name: str) -> None:
     global _current
     if name not in NAMES:
         raise ValueError(f"set_backend: unknown backend {name!r}; allowed: {', '.join(NAMES)}")
-    if name in ("cuda", "triton"):
-        raise RuntimeError(
-            f"set_backend: backend {name!r} cannot run here: this version of fastlayers has no {name} kernels; "
-            "allowed: auto, cpp, reference"
-        )
+    problems = {other: _problem_here(other) for other in NAMES}
+    if problems[name] is not None:
+        allowed = ", ".join(other for other, problem in problems.items() if problem is None)
+        raise RuntimeError(f"set_backend: backend {name!r} cannot run here: {problems[name]}; allowed: {allowed}")
     _current = name
 
 
@@ -69,23 +93,23 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(previous)
 
 
-def uses_reference(input: Tensor) -> bool:
-    """Whether plain PyTorch, not a compiled kernel, serves an operation on `input`.
+def serving(input: Tensor) -> str:
+    """The backend that serves an operation on `input`: "cpp", "cuda", "triton" or "reference".
 
     Raises:
         RuntimeError: the backend that was set does not serve the tensor's device.
     """
-    device = input.device.type
+    device = input.device
     if _current == "auto":
-        return device not in CPP_DEVICES
-    if _current == "reference":
-        return True
-    if device not in CPP_DEVICES:
-        raise RuntimeError(
-            f"backend {_current!r} does not serve tensors on {input.device}; allowed: {', '.join(CPP_DEVICES)} "
-            "(set_backend('auto') serves every device)"
-        )
-    return False
+        return "cpp" if device.type == "cpu" else _automatic(device.type, device.index)
+    if _current != "reference":
+        problem = _constant_problem(_current, device.type, device.index)
+        if problem is not None:
+            raise RuntimeError(
+                f"backend {_current!r} does not serve tensors on {device}: {problem} "
+                "(set_backend('auto') serves every device)"
+            )
+    return _current
 
 
 def prefers_torch(input: Tensor) -> bool:
@@ -100,8 +124,11 @@ def prefers_torch(input: Tensor) -> bool:
 
 def explain() -> list[Choice]:
     """What the current setting chooses for each operation on each device type of this machine."""
-    devices = ["cpu"] + [name for name in ("cuda", "xpu", "mps") if _is_available(name)]
-    return [Choice(op, device, *_choice(device)) for op in OPS for device in devices]
+    return [Choice(op, device, *_choice(device)) for op in OPS for device in _devices()]
+
+
+def _devices() -> list[str]:
+    return ["cpu"] + [name for name in ("cuda", "xpu", "mps") if _is_available(name)]
 
 
 def _is_available(device: str) -> bool:
@@ -110,13 +137,95 @@ def _is_available(device: str) -> bool:
 
 
 def _choice(device: str) -> tuple[str, str]:
-    if _current == "reference":
-        return "reference", "set_backend('reference')"
-    if device in CPP_DEVICES:
-        small = (
-            f"layers without dropout call torch's own up to {SMALL_PLANES} elements, {SMALL_ROWS} with channels last"
+    if _current not in ("auto", "reference"):
+        problem = _problem(_current, device, None)
+        if problem is not None:
+            return "none", f"set_backend({_current!r}) does not serve {device}, {problem}: a call raises"
+    if _current != "auto":
+        return _current, f"set_backend({_current!r})"
+    chosen = _automatic(device, None)
+    reasons = [f"no {name}: {_problem(name, device, None)}" for name in _before(chosen, device)]
+    if chosen == "reference":
+        return chosen, "; ".join(reasons or [f"there are no kernels for {device}"]) + "; so plain PyTorch runs"
+    if chosen == "cpp":
+        small = f"without dropout call torch's own up to {SMALL_PLANES} elements, {SMALL_ROWS} with channels last"
+        reasons.append(f"layers {small}")
+    return chosen, "; ".join([f"{'Triton' if chosen == 'triton' else 'compiled'} kernels", *reasons])
+
+
+def _before(chosen: str, device: str) -> Sequence[str]:
+    """What "auto" would rather have chosen."""
+    names = _KERNELS.get(device, ())
+    return names[: names.index(chosen)] if chosen in names else names
+
+
+@torch.compiler.assume_constant_result
+def _automatic(device: str, index: int | None) -> str:
+    return next((name for name in _KERNELS.get(device, ()) if _problem(name, device, index) is None), "reference")
+
+
+@torch.compiler.assume_constant_result
+def _constant_problem(backend: str, device: str, index: int | None) -> str | None:
+    return _problem(backend, device, index)
+
+
+def _problem_here(backend: str) -> str | None:
+    """Why `backend` serves no device of this machine; None if it serves one."""
+    if backend in ("auto", "reference"):
+        return None
+    places: list[tuple[str, int | None]] = [("cpu", None)]
+    for device in _devices():
+        places += [(device, index) for index in range(getattr(torch, device).device_count())]
+    problems = [_problem(backend, *place) for place in places]
+    # The last is about a GPU, where there is one.
+    return None if None in problems else problems[-1]
+
+
+@functools.cache
+def _problem(backend: str, device: str, index: int | None) -> str | None:
+    """Why `backend` does not serve this device (None is the current one); None if it does."""
+    if backend == "cpp":
+        return None if device == "cpu" else "it serves cpu only"
+    if backend == "cuda":
+        return _problem_of_cuda(device, index)
+    return _problem_of_triton(device, index)
+
+
+def _problem_of_cuda(device: str, index: int | None) -> str | None:
+    build = ops.build_info()
+    if not build.get("cuda", False):
+        return f"no CUDA kernels were compiled ({build['why_no_cuda']})"
+    if device != "cuda":
+        return "it serves cuda only"
+    if torch.version.hip is not None:
+        return "this torch is for AMD GPUs"
+    capability = torch.cuda.get_device_capability(index)
+    if not _runs_on(build["cuda_archs"], capability):
+        return (
+            f"CUDA kernels were compiled for {', '.join(build['cuda_archs'])}, not for a GPU of compute capability "
+            f"{capability[0]}.{capability[1]}"
         )
-        return "cpp", f"compiled kernels; {small}" if _current == "auto" else "set_backend('cpp')"
-    if _current == "cpp":
-        return "none", f"set_backend('cpp') does not serve {device}: a call raises"
-    return "reference", f"this version has no compiled kernels for {device}, so plain PyTorch runs"
+    return None
+
+
+def _runs_on(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code for `archs`, which are CMake's names of architectures, runs on a GPU of this compute capability.
+
+    Machine code for x.y runs on x.z from z = y on; PTX, which a name without "-real" has too, on all that is later.
+    Names with a letter are for one GPU ("a") or one family ("f"), of which only the exact match is taken.
+    """
+    for arch in archs:
+        name, _, kind = arch.partition("-")
+        major, minor = int(name.rstrip("af")[:-1]), int(name.rstrip("af")[-1])
+        if name[-1] in "af":
+            served = capability == (major, minor)
+        else:
+            same_major = capability[0] == major and capability[1] >= minor
+            served = (kind != "virtual" and same_major) or (kind != "real" and capability >= (major, minor))
+        if served:
+            return True
+    return False
+
+
+def _problem_of_triton(device: str, index: int | None) -> str | None:
+    return "this version of fastlayers has no Triton kernels"

@@ -71,14 +71,18 @@ def batch_norm_act(
             residual=residual, num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
         return _drop(activation.random(z), drop_p, drop_mode, training)
-    if backends.uses_reference(input):
-        run, draw = reference.batch_norm_act_masked, masks.draw
-    else:
-        run, draw = autograd.batch_norm_act, masks.draw_for_kernels
-    return run(
+    backend = backends.serving(input)
+    if backend == "reference":
+        return reference.batch_norm_act_masked(
+            input, weight, bias, residual, masks.draw(input, drop_p, drop_mode, training),
+            running_mean, running_var, num_batches_tracked,
+            training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p,
+        )  # fmt: skip
+    draw = masks.draw_for_kernels if backend == "cpp" else masks.draw_for_gpu_kernels
+    return autograd.batch_norm_act(
         input, weight, bias, residual, draw(input, drop_p, drop_mode, training),
         running_mean, running_var, num_batches_tracked,
-        training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p,
+        training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p, backend=backend,
     )  # fmt: skip
 
 
@@ -151,7 +155,11 @@ def _dropout(
 def _drop(input: Tensor, p: float, mode: str, training: bool) -> Tensor:
     if training and p > 0:
         checks.dropout_input(input)
-    if backends.uses_reference(input):
+    backend = backends.serving(input)
+    if backend == "reference":
         return reference.apply_mask(input, masks.draw(input, p, mode, training), p)
-    mask = masks.draw_for_kernels(input, p, mode, training, flat=True)
-    return input if mask is None else autograd.dropout(input, mask, p)
+    if backend == "cpp":
+        mask = masks.draw_for_kernels(input, p, mode, training, flat=True)
+    else:
+        mask = masks.draw_for_gpu_kernels(input, p, mode, training)
+    return input if mask is None else autograd.dropout(input, mask, p, backend)

@@ -58,7 +58,7 @@ def draw(input: Tensor, p: float, mode: str, training: bool) -> Tensor | None:
 
 
 def draw_for_kernels(input: Tensor, p: float, mode: str, training: bool, flat: bool = False) -> Tensor | None:
-    """The mask of `draw` in the form that the compiled operators take.
+    """The mask of `draw` in the form that the compiled CPU operators take.
 
     For mode "channel" it is bool, (N, C). For mode "element" it is uint8, one bit per element, in the layout of
     ``ops.pack_mask(mask, flat)``.
@@ -72,6 +72,22 @@ def draw_for_kernels(input: Tensor, p: float, mode: str, training: bool, flat: b
     if mode == "element":
         mask = ops.pack_mask(mask, flat)
     return mask
+
+
+def draw_for_gpu_kernels(input: Tensor, p: float, mode: str, training: bool) -> Tensor | None:
+    """A dropout mask in the form that the operators of GPU backends take; None where `draw` gives None.
+
+    For mode "channel" it is the tensor (N, C) that `F.dropout2d` draws, in the dtype of `input`: what is not zero is
+    kept. For mode "element" it is one int64, the seed of `reference.element_mask`, which the kernels read from the
+    device; not drawn but 0 for p = 1.
+    """
+    if p == 0 or not training or input.numel() == 0:
+        return None
+    if mode == "channel":
+        values = input.new_empty(input.shape[:2])
+        return values.zero_() if p == 1 else values.bernoulli_(1 - p)
+    seed = input.new_empty(1, dtype=torch.int64)
+    return seed.zero_() if p == 1 else seed.random_()
 
 
 def _runs_eagerly(input: Tensor) -> bool:

@@ -20,6 +20,7 @@ batch_norm_act_bwd = _ops.batch_norm_act_bwd.default
 dropout = _ops.dropout.default
 pack_mask = _ops.pack_mask.default
 unpack_mask = _ops.unpack_mask.default
+element_mask = _ops.element_mask.default
 draw_channel_mask = _ops.draw_channel_mask.default
 draw_element_mask = _ops.draw_element_mask.default
 
@@ -52,14 +53,18 @@ def build_info() -> dict[str, Any]:
 def _mask_bytes(dense: Tensor) -> int:
     """Size of a mask of one bit per element: each run of elements starts at a byte of its own.
 
-    What is a run has its other definition in csrc/kernels/cpu/kernels.h, Geometry; the layout in
+    What is a run on the CPU has its other definition in csrc/kernels/cpu/kernels.h, Geometry; the layout in
     csrc/torch/tensors.cpp, geometry_of.
     """
     batch, channels = dense.shape[:2]
     spatial = 1
     for size in dense.shape[2:]:
         spatial = spatial * size
-    if spatial == 1 or (channels > 1 and dense.stride(1) == 1):
+    rows = spatial == 1 or (channels > 1 and dense.stride(1) == 1)
+    if dense.device.type != "cpu":
+        # A plane whose size is no multiple of 8 has room for up to 7 bits before its first byte of 8.
+        return (dense.numel() + 7) // 8 if rows else batch * channels * _plane_bytes(spatial)
+    if rows:
         positions = 16 if channels < 32 and spatial % 16 == 0 else 1
         runs, length = batch * spatial // positions, channels * positions
     elif spatial <= 128:
@@ -67,6 +72,10 @@ def _mask_bytes(dense: Tensor) -> int:
     else:
         runs, length = batch * channels, spatial
     return runs * ((length + 7) // 8)
+
+
+def _plane_bytes(spatial: int) -> int:
+    return spatial // 8 if spatial % 8 == 0 else (spatial + 14) // 8
 
 
 @torch.library.register_fake("fastlayers::batch_norm_act_fwd")
@@ -135,6 +144,11 @@ def _(mask: Tensor, flat: bool) -> Tensor:
 
 @torch.library.register_fake("fastlayers::unpack_mask")
 def _(bits: Tensor, like: Tensor, flat: bool) -> Tensor:
+    return torch.empty_like(like, dtype=torch.bool)
+
+
+@torch.library.register_fake("fastlayers::element_mask")
+def _(seed: Tensor, like: Tensor, drop_scale: float) -> Tensor:
     return torch.empty_like(like, dtype=torch.bool)
 
 

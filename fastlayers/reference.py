@@ -130,16 +130,55 @@ def batch_norm_act_masked(
 
 
 def apply_mask(input: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """Zeros where `mask` (bool, (N, C) or of the shape of `input`) is false, elsewhere `input` / (1 - p).
+    """Zeros where `mask`, (N, C) or of the shape of `input`, is false or zero, elsewhere `input` / (1 - p).
 
     Zeros replace NaN and infinity too.
     """
     if mask is None:
         return input
+    mask = mask.to(torch.bool)
     if mask.dim() < input.dim():
         mask = mask.reshape(mask.shape + (1,) * (input.dim() - 2))
     # In place on the product, which has the layout of `input`; a new tensor would be contiguous.
     return (input * masks.scale(p)).masked_fill_(~mask, 0)
+
+
+def element_mask(seed: Tensor, like: Tensor, drop_scale: float) -> Tensor:
+    """The mask (bool, like ``empty_like(like)``) of element-wise dropout on a GPU: one random word per element.
+
+    Words are those of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4) with
+    the key `seed` (one int64) and the counter i // 4, where i is the element's position in the memory of
+    ``empty_like(like)``; its word is number i % 4 of the four. An element is kept if its word is less than
+    (1 - p) * 2**32, for ``drop_scale = 1 / (1 - p)``; with 0 for p = 1, none is.
+    """
+    blocks = torch.arange((like.numel() + 3) // 4, device=like.device)
+    words = torch.stack(_philox(seed, blocks), 1).flatten()[: like.numel()]
+    mask = torch.empty_like(like, dtype=torch.bool)
+    in_memory = mask.as_strided((like.numel(),), (1,))
+    in_memory.copy_(words < (round(2**32 / drop_scale) if drop_scale else 0))
+    return mask
+
+
+def _philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 of each element of `counter` (int64, its upper words 0): four words, in int64."""
+    key = [seed & _LOW_WORD, seed >> 32 & _LOW_WORD]
+    words = [counter & _LOW_WORD, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
+    for _ in range(10):
+        high_0, low_0 = _multiply(words[0], 0xD2511F53)
+        high_1, low_1 = _multiply(words[2], 0xCD9E8D57)
+        words = [high_1 ^ words[1] ^ key[0], low_1, high_0 ^ words[3] ^ key[1], low_0]
+        key = [key[0] + 0x9E3779B9 & _LOW_WORD, key[1] + 0xBB67AE85 & _LOW_WORD]
+    return words[0], words[1], words[2], words[3]
+
+
+_LOW_WORD = 0xFFFFFFFF
+
+
+def _multiply(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The upper and the lower half of 64-bit products, by way of 48 bits: int64 has no room for all 64."""
+    middle = words * (factor & 0xFFFF)
+    high = words * (factor >> 16) + (middle >> 16) >> 16
+    return high, ((words * (factor >> 16) << 16) + middle) & _LOW_WORD
 
 
 def batch_norm(

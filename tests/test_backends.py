@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlayers as fl
-from fastlayers import backends
+from fastlayers import autograd, backends
+from fastlayers.activations import IDENTITY
 from tests.cases import Case, make_sample
 from tests.oracle import Results, fused, run
 
@@ -79,6 +81,94 @@ def test_backend_that_does_not_serve_the_device(layer: nn.Module) -> None:
     fl.set_backend("cpp")
     with pytest.raises(RuntimeError, match=r"'cpp'.*meta.*cpu"):
         layer(torch.ones(4, 3, 2, 2, device="meta"))
+
+
+ARCHS = ["75-real", "80-real", "90a-real", "100"]
+
+
+@pytest.mark.parametrize(
+    ("archs", "gpu", "runs"),
+    [
+        (ARCHS, (7, 0), False),
+        (ARCHS, (7, 5), True),
+        (ARCHS, (8, 9), True),
+        (ARCHS, (9, 0), True),
+        (["90a-real"], (9, 1), False),
+        (["80-real"], (9, 0), False),
+        (["86-real"], (8, 0), False),
+        (ARCHS, (12, 0), True),
+        (["100-virtual"], (9, 0), False),
+        (["100f"], (12, 0), False),
+        ([], (9, 0), False),
+    ],
+)
+def test_code_runs_on_its_gpu_and_later_ones(archs: list[str], gpu: tuple[int, int], runs: bool) -> None:
+    assert backends._runs_on(archs, gpu) == runs
+
+
+def _gpu(monkeypatch: pytest.MonkeyPatch, cuda: bool, triton: str | None) -> None:
+    """As if there were a GPU of compute capability 9.0: with CUDA kernels or not; and why Triton does not serve it."""
+    build = {"cuda": cuda, "cuda_archs": ["90-real"], "why_no_cuda": "no nvcc"}
+    monkeypatch.setattr(fl.ops, "build_info", lambda: build)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(backends, "_devices", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(
+        backends, "_problem_of_triton", lambda device, index: "needs a GPU" if device == "cpu" else triton
+    )
+    backends._problem.cache_clear()
+
+
+@pytest.fixture
+def _probed_again() -> Iterator[None]:
+    yield
+    backends._problem.cache_clear()
+
+
+@pytest.mark.usefixtures("_probed_again")
+@pytest.mark.parametrize(
+    ("cuda", "triton", "chosen", "why"),
+    [
+        (True, None, "cuda", "compiled kernels"),
+        (False, None, "triton", "Triton kernels; no cuda: no CUDA kernels were compiled (no nvcc)"),
+        (False, "it is not installed", "reference", "no triton: it is not installed; so plain PyTorch runs"),
+    ],
+)
+def test_auto_on_a_gpu(cuda: bool, triton: str | None, chosen: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled kernels, then Triton's, then plain PyTorch; and why."""
+    _gpu(monkeypatch, cuda, triton)
+    assert backends.serving(Mock(device=torch.device("cuda", 0))) == chosen
+    rows = [row for row in backends.explain() if row.device == "cuda"]
+    assert {row.backend for row in rows} == {chosen}
+    assert all(why in row.why for row in rows)
+
+
+@pytest.mark.usefixtures("_probed_again")
+def test_gpu_backends_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They can be set; a tensor elsewhere raises at the call. What is not there cannot be set."""
+    _gpu(monkeypatch, True, "it is not installed")
+    with fl.use_backend("cuda"):
+        assert backends.serving(Mock(device=torch.device("cuda", 0))) == "cuda"
+        assert [row.backend for row in backends.explain()] == ["none", "cuda"] * 2
+        with pytest.raises(RuntimeError, match=r"'cuda' does not serve tensors on cpu"):
+            fl.BatchNorm2d(3)(torch.ones(4, 3, 2, 2))
+    with pytest.raises(RuntimeError, match=r"'triton'.*not installed.*allowed: auto, cpp, cuda, reference"):
+        fl.set_backend("triton")
+
+
+def test_backward_is_of_the_backend_that_ran_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is set by then: what forward saves has a format of its own."""
+    kernels = {name: Mock(wraps=fl.ops) for name in ("cpp", "triton")}
+    monkeypatch.setattr(backends, "_OP_SETS", kernels)
+    x = torch.randn(4, 3, 2, 2, requires_grad=True)
+    call: dict[str, Any] = {"training": True, "momentum": 0.1, "eps": 1e-5, "activation": IDENTITY, "drop_p": 0.5}
+    y = autograd.batch_norm_act(x, *(None,) * 7, **call, backend="triton")
+    z = autograd.dropout(y, torch.ones(4, 3, dtype=torch.bool), 0.5, "triton")
+    z.sum().backward()
+    assert [name for name, *_ in kernels["triton"].method_calls] == [
+        "batch_norm_act_fwd", "dropout", "dropout", "batch_norm_act_bwd",
+    ]  # fmt: skip
+    assert not kernels["cpp"].method_calls
 
 
 def test_auto_serves_other_devices() -> None:

@@ -434,3 +434,95 @@ class TestWhetherBernoulliIsPredicted:
         operator = ops.draw_channel_mask
         monkeypatch.setattr(ops, "draw_channel_mask", lambda state, *args: operator(state[:-8], *args))
         assert not masks.predicts_bernoulli()
+
+
+class TestMasksOfGpus:
+    """Drawn on the CPU here, where torch draws the same numbers for every dtype."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("p", P)
+    def test_channels_are_those_of_dropout2d(self, p: float, dtype: torch.dtype, device: torch.device) -> None:
+        x = torch.ones(4, 6, 5, 3, dtype=dtype, device=device)
+        mask, state = _seeded(lambda: masks.draw_for_gpu_kernels(x, p, "channel", True), device)  # type: ignore[arg-type,return-value]
+        expected, expected_state = _seeded(lambda: F.dropout2d(x, p), device)
+        assert torch.equal(state, expected_state)
+        if p == 0:
+            assert mask is None
+        else:
+            assert mask.dtype == dtype
+            assert torch.equal(mask.bool(), expected[:, :, 0, 0] != 0)
+
+    def test_elements_are_a_seed(self, device: torch.device) -> None:
+        """One number of torch's generator, another at each draw; none is drawn to drop everything."""
+        x = torch.ones(4, 6, device=device)
+        seeds = [masks.draw_for_gpu_kernels(x, 0.5, "element", True) for _ in range(2)]
+        torch.manual_seed(0)
+        again = masks.draw_for_gpu_kernels(x, 0.5, "element", True)
+        assert all(s is not None and s.dtype == torch.int64 and s.shape == (1,) for s in seeds)
+        assert seeds[0] != seeds[1]
+        assert seeds[0] == again
+        state = _generator_state(device)
+        assert masks.draw_for_gpu_kernels(x, 1.0, "element", True) == torch.zeros(1, device=device)
+        assert torch.equal(_generator_state(device), state)
+
+    def test_elements_are_those_of_philox(self) -> None:
+        """The known answer of Random123's kat_vectors, and Philox in Python's own whole numbers."""
+        words = torch.cat(fl.reference._philox(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)))
+        assert words.tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+        for seed, counter in ((1, 0), (-1, 2**40 + 3), (2**62 + 12345, 2**32 - 1)):
+            words = torch.cat(fl.reference._philox(torch.tensor([seed]), torch.tensor([counter])))
+            assert words.tolist() == _philox(seed % 2**64, counter)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("p", [1e-12, 0.25, 1.0])
+    def test_element_mask(self, p: float, layout: str) -> None:
+        """By the order of memory of the dense output; the last words are of a block that is cut off."""
+        x = in_layout(torch.zeros(3, 5, 3, 3), layout)
+        mask = fl.reference.element_mask(torch.tensor([77]), x, masks.scale(p))
+        assert mask.stride() == torch.empty_like(x).stride()
+        kept = [word < round((1 - p) * 2**32) for block in range(34) for word in _philox(77, block)]
+        assert mask.as_strided((mask.numel(),), (1,)).tolist() == kept[: mask.numel()]
+
+    def test_the_reference_takes_masks_of_any_dtype(self) -> None:
+        x, mask = torch.randn(4, 6, 2, 2), torch.rand(4, 6) > 0.5
+        expected = fl.reference.apply_mask(x, mask, 0.5)
+        assert torch.equal(fl.reference.apply_mask(x, mask.bfloat16(), 0.5), expected)
+
+
+def _philox(seed: int, counter: int) -> list[int]:
+    key = [seed % 2**32, seed // 2**32]
+    c = [counter % 2**32, counter // 2**32, 0, 0]
+    for _ in range(10):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [b // 2**32 ^ c[1] ^ key[0], b % 2**32, a // 2**32 ^ c[3] ^ key[1], a % 2**32]
+        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+@pytest.mark.parametrize("mode", ["dropout", "dropout2d"])
+@pytest.mark.parametrize("layout", ["channels_last", "reversed", "expanded"])
+def test_gradients_in_another_layout(mode: str, layout: str, device: torch.device) -> None:
+    """What was dropped is known by its place in memory; the gradient's may be another."""
+    x = torch.randn(4, 6, 5, 3, device=device, requires_grad=True)
+    y = getattr(fl.functional, mode)(x, 0.5)
+    grad_output = in_layout(torch.rand(x.shape, device=device), layout)
+    (gradient,) = torch.autograd.grad(y, x, grad_output)
+    torch.testing.assert_close(gradient, torch.where(y == 0, 0, 2 * grad_output))
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "size"),
+    [
+        ((3, 5, 4, 4), "contiguous", 3 * 5 * 2),
+        ((3, 5, 3, 3), "contiguous", 3 * 5 * 2),
+        ((3, 5, 5, 2), "contiguous", 3 * 5 * 3),
+        ((3, 5, 3, 3), "channels_last", 17),
+        ((3, 5), "contiguous", 2),
+        ((3, 5, 1, 1), "contiguous", 2),
+    ],
+)
+def test_bits_that_the_cuda_kernels_save(shape: tuple[int, ...], layout: str, size: int) -> None:
+    """A bit per element; every plane whose size is no multiple of 8 may start within a byte."""
+    x = in_layout(torch.empty(shape), layout).to("meta")
+    arguments = (x, None, None, x, *(None,) * 4, True, 0.1, 1e-5, 1, [0.0, 0.0, 0.0], 1.0, True)
+    assert fl.ops.batch_norm_act_fwd(*arguments)[3].shape == (size,)

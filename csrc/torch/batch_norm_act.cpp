@@ -14,10 +14,7 @@ void check_input(const Tensor& input) {
 }
 
 ActivationSpec activation_spec(std::int64_t kind, const std::vector<double>& params) {
-  STD_TORCH_CHECK(kind >= 0 && kind < kActivationCount, "activation should be in [0, ", kActivationCount, "), not ",
-                  kind);
-  STD_TORCH_CHECK(params.size() == kActivationParams, "activation_params should have ", kActivationParams,
-                  " elements, not ", params.size());
+  check_activation(kind, params);
   return {static_cast<Activation>(kind), params.data()};
 }
 
@@ -94,10 +91,10 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
                                double drop_scale, bool save_flat_bits) {
   check_input(input);
   const std::int64_t channels = input.size(1);
-  check_channel_vector("weight", weight, channels);
-  check_channel_vector("bias", bias, channels);
-  check_channel_vector("running_mean", running_mean, channels);
-  check_channel_vector("running_var", running_var, channels);
+  check_channel_vector("weight", weight, input);
+  check_channel_vector("bias", bias, input);
+  check_channel_vector("running_mean", running_mean, input);
+  check_channel_vector("running_var", running_var, input);
   STD_TORCH_CHECK(training || (running_mean && running_var),
                   "running_mean and running_var must be defined in evaluation mode");
   if (residual) check_full_size("residual", *residual, input);
@@ -155,13 +152,10 @@ FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor 
   const std::int64_t channels = input.size(1);
   check_full_size("grad_output", grad_output, input);
   if (residual) check_full_size("residual", *residual, input);
-  check_channel_vector("weight", weight, channels);
-  check_channel_vector("bias", bias, channels);
-  for (const auto& [name, t] : {std::pair{"mean", &mean}, std::pair{"invstd", &invstd}}) {
-    check_channel_vector(name, *t, channels);
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Double && t->is_contiguous(), name,
-                    " should be contiguous and float64, as batch_norm_act_fwd returns it");
-  }
+  check_channel_vector("weight", weight, input);
+  check_channel_vector("bias", bias, input);
+  check_saved_statistics("mean", mean, input);
+  check_saved_statistics("invstd", invstd, input);
 
   // Its strides decide the layout even where the gradient itself is not wanted.
   Tensor grad_input = empty_output(input);

@@ -5,7 +5,9 @@
 #include <string>
 
 #include "../kernels/cpu/kernels.h"
+#include "../kernels/cuda/plan.h"
 #include "batch_norm_act.h"
+#include "cuda_ops.h"
 #include "draw_mask.h"
 #include "dropout.h"
 
@@ -28,6 +30,24 @@ void set_cpu_capability(std::string name) {
   STD_TORCH_CHECK(false, "cpu capability should be baseline, avx2 or avx512, not ", name);
 }
 
+// Which CUDA kernels would run, and why, for a tensor of (batch, channels, spatial) elements.
+std::string cuda_plan(std::vector<std::int64_t> shape, bool rows, torch::headeronly::ScalarType dtype,
+                      std::int64_t activation, bool training, bool backward, std::vector<std::int64_t> device) {
+  STD_TORCH_CHECK(shape.size() == 3, "shape should have 3 sizes, not ", shape.size());
+  STD_TORCH_CHECK(device.size() == 4, "device should have 4 numbers, not ", device.size());
+  const cuda::Device gpu{static_cast<int>(device[0]), static_cast<std::size_t>(device[1]),
+                         static_cast<std::size_t>(device[2]), static_cast<int>(device[3])};
+  const Shape tensor{rows, shape[0], shape[1], shape[2]};
+  const auto plan = [&](auto args, auto make) {
+    args.shape = tensor;
+    args.dtype = storage_dtype(dtype);
+    args.activation.kind = static_cast<Activation>(activation);
+    args.training = training;
+    return cuda::describe(make(args, gpu));
+  };
+  return backward ? plan(cuda::BackwardArgs{}, cuda::plan_backward) : plan(cuda::ForwardArgs{}, cuda::plan_forward);
+}
+
 }  // namespace
 }  // namespace fastlayers
 
@@ -45,6 +65,8 @@ STABLE_TORCH_LIBRARY(fastlayers, m) {
   m.def("dropout(Tensor input, Tensor mask, float scale) -> Tensor");
   m.def("pack_mask(Tensor mask, bool flat) -> Tensor");
   m.def("unpack_mask(Tensor bits, Tensor like, bool flat) -> Tensor");
+  // Of a GPU's masks, which are seeds: see reference.py.
+  m.def("element_mask(Tensor seed, Tensor like, float drop_scale) -> Tensor");
   m.def("draw_channel_mask(Tensor state, Tensor like, float keep_probability) -> (Tensor mask, Tensor next_state)");
   m.def(
       "draw_element_mask(Tensor state, Tensor like, float keep_probability, bool flat) "
@@ -52,6 +74,9 @@ STABLE_TORCH_LIBRARY(fastlayers, m) {
   m.def("cpu_capability() -> str");
   m.def("set_cpu_capability(str name) -> ()");
   m.def("set_last_level_cache_bytes(int bytes) -> int");
+  m.def(
+      "cuda_plan(int[] shape, bool rows, ScalarType dtype, int activation, bool training, bool backward, int[] device) "
+      "-> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlayers, CPU, m) {
@@ -64,7 +89,18 @@ STABLE_TORCH_LIBRARY_IMPL(fastlayers, CPU, m) {
   m.impl("draw_element_mask", TORCH_BOX(&fastlayers::draw_element_mask));
 }
 
+#if FASTLAYERS_HAVE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastlayers, CUDA, m) {
+  m.impl("batch_norm_act_fwd", TORCH_BOX(&fastlayers::cuda::batch_norm_act_fwd));
+  m.impl("batch_norm_act_bwd", TORCH_BOX(&fastlayers::cuda::batch_norm_act_bwd));
+  m.impl("dropout", TORCH_BOX(&fastlayers::cuda::dropout));
+  m.impl("unpack_mask", TORCH_BOX(&fastlayers::cuda::unpack_mask));
+  m.impl("element_mask", TORCH_BOX(&fastlayers::cuda::element_mask));
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(fastlayers, CompositeExplicitAutograd, m) {
+  m.impl("cuda_plan", TORCH_BOX(&fastlayers::cuda_plan));
   m.impl("cpu_capability", TORCH_BOX(&fastlayers::cpu_capability));
   m.impl("set_cpu_capability", TORCH_BOX(&fastlayers::set_cpu_capability));
   m.impl("set_last_level_cache_bytes", TORCH_BOX(&fastlayers::set_last_level_cache_bytes));

@@ -11,6 +11,8 @@
 #include <array>
 #include <utility>
 
+#include "../kernels/common/activations.h"
+
 namespace fastlayers {
 namespace {
 
@@ -49,23 +51,24 @@ std::int64_t product(const Sizes& sizes) {
   return p;
 }
 
-std::optional<View> view_as(const Geometry& g, const Tensor& t) {
+std::optional<View> view_as(const Walk& walk, const Tensor& t) {
+  const Shape& g = walk.shape;
   const auto sizes = t.sizes(), strides = t.strides();
   if (g.rows) {
     const auto row = merged_stride(without_channels(sizes), without_channels(strides));
-    const std::int64_t rows = g.positions_per_run();
+    const std::int64_t rows = walk.rows_at_once;
     if (row && (g.channels == 1 || strides[1] == 1) && (rows == 1 || *row == g.channels))
       return View{t, rows * *row, 1};
     return std::nullopt;
   }
   const auto inner = merged_stride(dims_after(sizes, 2), dims_after(strides, 2));
   if (!inner || *inner != 1) return std::nullopt;
-  if (g.mixed_runs() && g.channels > 1 && strides[1] != g.spatial) return std::nullopt;
+  if (walk.planes_adjacent && g.channels > 1 && strides[1] != g.spatial) return std::nullopt;
   return View{t, strides[0], strides[1]};
 }
 
 // Planes or rows one after the other without gaps, the samples in order.
-Sizes strides_in_order(const Geometry& g, const Tensor& like) {
+Sizes strides_in_order(const Shape& g, const Tensor& like) {
   const auto sizes = like.sizes();
   Sizes strides(sizes.size());
   std::int64_t stride = g.rows ? g.channels : 1;
@@ -78,12 +81,12 @@ Sizes strides_in_order(const Geometry& g, const Tensor& like) {
   return strides;
 }
 
-Tensor empty_in_order(const Geometry& g, const Tensor& like) {
+Tensor empty_in_order(const Shape& g, const Tensor& like) {
   const auto sizes = like.sizes();
   return empty_strided(like, {sizes.begin(), sizes.end()}, strides_in_order(g, like), like.scalar_type());
 }
 
-Tensor copy_in_order(const Geometry& g, const Tensor& t) {
+Tensor copy_in_order(const Shape& g, const Tensor& t) {
   Tensor copy = empty_in_order(g, t);
   torch::stable::copy_(copy, t);
   return copy;
@@ -91,7 +94,7 @@ Tensor copy_in_order(const Geometry& g, const Tensor& t) {
 
 }  // namespace
 
-bool is_in_order(const Geometry& g, const Tensor& t) {
+bool is_in_order(const Shape& g, const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   const Sizes expected = strides_in_order(g, t);
   for (std::size_t d = 0; d < expected.size(); ++d)
@@ -113,8 +116,8 @@ bool is_dense(const Tensor& t) {
   return true;
 }
 
-Dtype storage_dtype(const Tensor& t) {
-  switch (t.scalar_type()) {
+Dtype storage_dtype(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float: return Dtype::f32;
     case ScalarType::Double: return Dtype::f64;
     case ScalarType::BFloat16: return Dtype::bf16;
@@ -164,9 +167,12 @@ Tensor empty_like(const Tensor& like, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Geometry geometry_of(const Tensor& dense) {
+Walk::Walk(const Geometry& g)
+    : shape(g), rows_at_once(g.rows ? g.positions_per_run() : 1), planes_adjacent(!g.rows && g.mixed_runs()) {}
+
+Shape shape_of(const Tensor& dense) {
   const auto sizes = dense.sizes();
-  Geometry g;
+  Shape g;
   g.batch = sizes[0];
   g.channels = sizes[1];
   g.spatial = product(dims_after(sizes, 2));
@@ -174,22 +180,26 @@ Geometry geometry_of(const Tensor& dense) {
   return g;
 }
 
+Geometry geometry_of(const Tensor& dense) {
+  return {shape_of(dense)};
+}
+
 Geometry flat_geometry(const Tensor& t) {
   return {{false, 1, 1, t.numel()}};
 }
 
-View as_source(const Geometry& g, const Tensor& t) {
-  if (auto view = view_as(g, t)) return *view;
-  return *view_as(g, copy_in_order(g, t));
+View as_source(const Walk& walk, const Tensor& t) {
+  if (auto view = view_as(walk, t)) return *view;
+  return *view_as(walk, copy_in_order(walk.shape, t));
 }
 
-Source optional_source(std::optional<View>& holder, const Geometry& g, const OptionalTensor& t) {
+Source optional_source(std::optional<View>& holder, const Walk& walk, const OptionalTensor& t) {
   if (!t) return {};
-  holder = as_source(g, *t);
+  holder = as_source(walk, *t);
   return holder->source();
 }
 
-Tensor in_order(const Geometry& g, const Tensor& t) {
+Tensor in_order(const Shape& g, const Tensor& t) {
   return is_in_order(g, t) ? t : copy_in_order(g, t);
 }
 
@@ -200,12 +210,12 @@ Tensor dense(const Tensor& t) {
   return copy;
 }
 
-Output::Output(const Geometry& g, Tensor result) : result_(result), copied_(false) {
-  if (auto view = view_as(g, result)) {
+Output::Output(const Walk& walk, Tensor result) : result_(result), copied_(false) {
+  if (auto view = view_as(walk, result)) {
     view_ = *view;
     return;
   }
-  view_ = *view_as(g, empty_in_order(g, result));
+  view_ = *view_as(walk, empty_in_order(walk.shape, result));
   copied_ = true;
 }
 
@@ -232,11 +242,18 @@ void torch_parallel_for(std::int64_t count, std::int64_t grain, const void* cont
                               [=](std::int64_t begin, std::int64_t end) { task(context, begin, end); });
 }
 
-void check_channel_vector(const char* name, const OptionalTensor& t, std::int64_t channels) {
+void check_channel_vector(const char* name, const OptionalTensor& t, const Tensor& input) {
   if (!t) return;
+  const std::int64_t channels = input.size(1);
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, name, " should contain ", channels, " elements not ",
                   t->numel());
-  STD_TORCH_CHECK(t->is_cpu(), name, " should be on the input's device, the CPU");
+  check_same_device(name, *t, input);
+}
+
+void check_saved_statistics(const char* name, const Tensor& t, const Tensor& input) {
+  check_channel_vector(name, t, input);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_contiguous(), name,
+                  " should be contiguous and float64, as batch_norm_act_fwd returns it");
 }
 
 void check_full_size(const char* name, const Tensor& t, const Tensor& input) {
@@ -244,7 +261,20 @@ void check_full_size(const char* name, const Tensor& t, const Tensor& input) {
   for (std::int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == input.size(d);
   STD_TORCH_CHECK(same, name, " should have the shape of input");
   STD_TORCH_CHECK(t.scalar_type() == input.scalar_type(), name, " should have the dtype of input");
-  STD_TORCH_CHECK(t.is_cpu(), name, " should be on the input's device, the CPU");
+  check_same_device(name, t, input);
+}
+
+void check_same_device(const char* name, const Tensor& t, const Tensor& input) {
+  if (input.is_cpu()) STD_TORCH_CHECK(t.is_cpu(), name, " should be on the input's device, the CPU");
+  STD_TORCH_CHECK(input.is_cpu() || (!t.is_cpu() && t.get_device_index() == input.get_device_index()), name,
+                  " should be on the input's device, of index ", input.get_device_index());
+}
+
+void check_activation(std::int64_t kind, const std::vector<double>& params) {
+  STD_TORCH_CHECK(kind >= 0 && kind < kActivationCount, "activation should be in [0, ", kActivationCount, "), not ",
+                  kind);
+  STD_TORCH_CHECK(params.size() == kActivationParams, "activation_params should have ", kActivationParams,
+                  " elements, not ", params.size());
 }
 
 Keep keep_of(const Geometry& g, const OptionalTensor& mask, double scale) {

@@ -21,7 +21,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-Dtype storage_dtype(const Tensor& t);
+Dtype storage_dtype(ScalarType dtype);
+inline Dtype storage_dtype(const Tensor& t) {
+  return storage_dtype(t.scalar_type());
+}
 inline bool computes_in_double(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double;
 }
@@ -44,20 +47,31 @@ struct View {
   Target target() const { return {tensor.mutable_data_ptr(), outer, inner}; }
 };
 
+// How kernels walk over tensors: what they ask of strides.
+struct Walk {
+  Shape shape;
+  std::int64_t rows_at_once = 1;  // so many rows have no gaps between them
+  bool planes_adjacent = false;   // nor have the planes of a sample
+
+  Walk(const Shape& s) : shape(s) {}  // the CUDA kernels, which take any strides
+  Walk(const Geometry& g);            // the CPU kernels
+};
+
 // The layout of torch.empty_like(t): rows where channels end up adjacent, planes otherwise. fastlayers/ops.py has the
 // same rule for the fake tensors' sizes of bit masks.
+Shape shape_of(const Tensor& dense);
 Geometry geometry_of(const Tensor& dense);
 // All elements as one plane, in the order of memory.
 Geometry flat_geometry(const Tensor& t);
 
 // `t` itself where its strides allow it, else a copy.
-View as_source(const Geometry& g, const Tensor& t);
+View as_source(const Walk& walk, const Tensor& t);
 // The same for a tensor that may be missing; `holder` keeps the copy alive.
-Source optional_source(std::optional<View>& holder, const Geometry& g, const OptionalTensor& t);
+Source optional_source(std::optional<View>& holder, const Walk& walk, const OptionalTensor& t);
 // `t` itself, or a copy, whose memory holds nothing but its planes or rows, one after the other.
-Tensor in_order(const Geometry& g, const Tensor& t);
+Tensor in_order(const Shape& g, const Tensor& t);
 // Whether the memory of `t` holds nothing but its planes or rows, one after the other.
-bool is_in_order(const Geometry& g, const Tensor& t);
+bool is_in_order(const Shape& g, const Tensor& t);
 // Whether the elements of `t` fill its memory without gaps or overlaps.
 bool is_dense(const Tensor& t);
 // `t` itself if its elements fill its memory without gaps or overlaps, else a copy that does.
@@ -67,7 +81,7 @@ Tensor dense(const Tensor& t);
 // another one that finish() copies over.
 class Output {
  public:
-  Output(const Geometry& g, Tensor result);
+  Output(const Walk& walk, Tensor result);
   Target target() const { return view_.target(); }
   Tensor finish();
 
@@ -96,9 +110,12 @@ void with_dtype(ScalarType dtype, F&& f) {
 void torch_parallel_for(std::int64_t count, std::int64_t grain, const void* context,
                         void (*task)(const void* context, std::int64_t begin, std::int64_t end));
 
-void check_channel_vector(const char* name, const OptionalTensor& t, std::int64_t channels);
+void check_channel_vector(const char* name, const OptionalTensor& t, const Tensor& input);
+// A channel vector that forward returned.
+void check_saved_statistics(const char* name, const Tensor& t, const Tensor& input);
 void check_full_size(const char* name, const Tensor& t, const Tensor& input);
-void check_same_device(const char* name, const OptionalTensor& t, const Tensor& input);
+void check_same_device(const char* name, const Tensor& t, const Tensor& input);
+void check_activation(std::int64_t kind, const std::vector<double>& params);
 
 // What a dropout mask tensor means: none, one bool per sample and channel, or a packed bit per element (uint8).
 Keep keep_of(const Geometry& g, const OptionalTensor& mask, double scale);

@@ -25,7 +25,7 @@ LaunchShape one_thread_for_each(std::int64_t count) {
 }
 
 // A cumulative average needs the count of batches before its first channel is finished.
-__global__ void count_batch(std::int64_t* num_batches_tracked) {
+__global__ void add_one(std::int64_t* num_batches_tracked) {
   ++*num_batches_tracked;
 }
 
@@ -51,12 +51,15 @@ __global__ void __launch_bounds__(kPointwiseThreads) kept_as_bools(std::int64_t 
 
 }  // namespace
 
+Error count_batch(std::int64_t* num_batches_tracked, Stream stream) {
+  LaunchShape shape;
+  shape.grid = shape.block = dim3(1);
+  return launch(add_one, shape, stream, num_batches_tracked);
+}
+
 Error batch_norm_act_forward(const ForwardArgs& args, const Plan& plan, void* workspace, Stream stream) {
-  if (args.training && args.cumulative && args.num_batches_tracked) {
-    LaunchShape shape;
-    shape.grid = shape.block = dim3(1);
-    if (const Error error = launch(count_batch, shape, stream, args.num_batches_tracked)) return error;
-  }
+  if (args.training && args.cumulative)
+    if (const Error error = count_batch(args.num_batches_tracked, stream)) return error;
   return with_storage(args.dtype, [&](auto kernels) { return kernels.forward(args, plan, workspace, stream); });
 }
 

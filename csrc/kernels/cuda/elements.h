@@ -20,6 +20,20 @@ struct PerElement {
   __device__ __forceinline__ const V& operator[](int i) const { return values[i]; }
 };
 
+// Calls f(activation, i) for each element of a group. double has no registers for all elements at once.
+template <Activations kWhich, class S, class F>
+__device__ __forceinline__ void each_element(const ActivationCall& call, F&& f) {
+  if constexpr (sizeof(S) > sizeof(float)) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) with_call<kWhich, S>(call, [&](auto activation) { f(activation, i); });
+  } else {
+    with_call<kWhich, S>(call, [&](auto activation) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) f(activation, i);
+    });
+  }
+}
+
 // act(normalised + residual), dropped or scaled. Elements that are not in `kept` come out as zeros. Stores the byte of
 // flat bits where `flat_bits` is not null.
 template <Activations kWhich, class T, class Affines>
@@ -58,24 +72,19 @@ __device__ __forceinline__ void backward_group(const BackwardArgs& args, const G
                                                unsigned kept, Compute<T> (&g)[kGroup]) {
   using S = Compute<T>;
   const auto scale = static_cast<S>(args.keep.scale);
-  with_call<kWhich, S>(args.activation, [&](auto activation) {
-    using Act = decltype(activation);
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const S scaled = grad_output[i] * scale;
-      S before;
-      if constexpr (Act::two_valued) {
-        const S z = normalize<S>(x[i], affine[i].mean, affine[i].scale, affine[i].shift);
-        const bool is_flat = args.flat_bits ? flat >> i & 1 : static_cast<bool>(activation.flat(z + residual[i]));
-        before = activation.gradient_if(scaled, is_flat);
-      } else {
-        S z = normalize<S>(x[i], affine[i].mean, affine[i].scale, affine[i].shift);
-        if (args.residual.data) z += residual[i];
-        before = activation.gradient(scaled, z);
-      }
-      g[i] = kept >> i & 1 ? before : S(0);
+  const auto one = [&](auto activation, int i) {
+    S z = normalize<S>(x[i], affine[i].mean, affine[i].scale, affine[i].shift);
+    if (args.residual.data) z += residual[i];
+    S before;
+    if constexpr (decltype(activation)::two_valued) {
+      const bool is_flat = args.flat_bits ? flat >> i & 1 : static_cast<bool>(activation.flat(z));
+      before = activation.gradient_if(grad_output[i] * scale, is_flat);
+    } else {
+      before = activation.gradient(grad_output[i] * scale, z);
     }
-  });
+    g[i] = kept >> i & 1 ? before : S(0);
+  };
+  each_element<kWhich, S>(args.activation, one);
 }
 
 // The gradient of the input from that, g. In evaluation mode the statistics are constants.

@@ -89,11 +89,11 @@ struct Plan;  // plan.h
 Error batch_norm_act_forward(const ForwardArgs&, const Plan&, void* workspace, Stream);
 Error batch_norm_act_backward(const BackwardArgs&, const Plan&, void* workspace, Stream);
 Error dropout(const DropoutArgs&, Stream);
+Error count_batch(std::int64_t* num_batches_tracked, Stream);
 // One bool for each element, in the order of memory: of flat_bits, or of what element dropout keeps.
 Error unpack_flat_bits(const Shape&, const std::uint8_t* flat_bits, bool* mask, Stream);
 Error element_mask(std::int64_t numel, const Keep&, bool* mask, Stream);
 
-// The message of an error, and the compute capabilities that were compiled, as in 80;90;120+PTX.
 const char* error_text(Error);
 
 }  // namespace fastlayers::cuda

@@ -6,10 +6,21 @@
 
 namespace fastlayers::cuda {
 
-inline constexpr int kGroup = 8;         // elements that are moved together
-inline constexpr int kMaxThreads = 512;  // of a block of the planes kernels
-inline constexpr int kRowThreads = 128;  // of a block of the rows kernels, of which a processor holds kRowBlocks
-inline constexpr int kRowBlocks = 3;
+inline constexpr int kGroup = 8;  // elements that are moved together
+// Threads of a block of the planes kernels, at most, and blocks of that size that a processor shall hold; the compiler
+// limits registers accordingly. double needs twice as many.
+constexpr int max_threads(std::size_t element_bytes) {
+  return element_bytes == 8 ? 256 : 512;
+}
+constexpr int blocks_wanted(bool all_activations) {
+  return all_activations ? 1 : 2;
+}
+// The same for the rows kernels, whose blocks have this size always.
+inline constexpr int kRowThreads = 128;
+constexpr int row_blocks(std::size_t element_bytes) {
+  return element_bytes == 8 ? 2 : 3;
+}
+inline constexpr int kMaxRowsPerRun = kGroup;
 inline constexpr int kFinishedChannels = 2;  // that a block of them sums up at a time
 inline constexpr int kWarp = 32;
 inline constexpr int kMaxWarps = 32;

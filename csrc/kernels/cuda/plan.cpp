@@ -38,7 +38,6 @@ struct Request {
   int in_hand() const { return groups_in_hand(element_bytes, activations, backward, shape.rows); }
 };
 
-// A block that shares its processor with one more: what each may have of shared memory, of which each launch takes 1
 class Planes {
  public:
   Planes(const Request& request, const Device& device)
@@ -68,7 +67,8 @@ class Planes {
 
   int threads(std::int64_t groups_per_block) const {
     const std::int64_t wanted = ceil_div(groups_per_block, request_.in_hand());
-    return static_cast<int>(std::clamp<std::int64_t>(ceil_div(wanted, 32) * 32, 64, kMaxThreads));
+    return static_cast<int>(
+        std::clamp<std::int64_t>(ceil_div(wanted, 32) * 32, 64, max_threads(request_.element_bytes)));
   }
   std::int64_t tiles(int threads) const { return ceil_div(groups_, std::int64_t{threads} * request_.in_hand()); }
   std::size_t tile_bytes(int threads) const {
@@ -146,7 +146,7 @@ class Rows {
     const std::size_t fixed = rows_shared_bytes(static_cast<unsigned>(plan.threads));
     const std::size_t tile = static_cast<std::size_t>(plan.threads) * static_cast<std::size_t>(request_.in_hand()) *
                              request_.kept_group_bytes();
-    const std::size_t budget = share_of_shared(device_, kRowBlocks);
+    const std::size_t budget = share_of_shared(device_, row_blocks(request_.element_bytes));
     const std::size_t room = budget > fixed ? budget - fixed : 0;
     plan.kept_tiles =
         std::min<std::int64_t>(static_cast<std::int64_t>(room / tile), ceil_div(row_tiles(plan), plan.splits));
@@ -177,7 +177,7 @@ class Rows {
     plan.path = Path::rows_on_chip;
     plan.why = "the tensor fits into the shared memory of all blocks together";
     set_tile(plan, kNarrowTile);
-    const std::int64_t blocks = std::int64_t{device_.processors} * kRowBlocks;
+    const std::int64_t blocks = std::int64_t{device_.processors} * row_blocks(request_.element_bytes);
     if (plan.tiles > blocks) return {};
     plan.splits = static_cast<int>(std::min(blocks / plan.tiles, row_tiles(plan)));
     keep(plan);

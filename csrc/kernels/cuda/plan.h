@@ -6,6 +6,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "launch_limits.h"
 
 namespace fastlayers::cuda {
 

@@ -305,14 +305,9 @@ __device__ __forceinline__ void apply_backward(const BackwardArgs& args, const P
   }
 }
 
-// How many blocks of the greatest size a processor shall hold: the elaborate activations need more registers.
-constexpr int blocks_wanted(Activations which) {
-  return which == Activations::all ? 1 : 2;
-}
-
 // Forward in one kernel: each channel has one block, or the blocks of a cluster.
 template <class T, int kTile, Activations kWhich>
-__global__ void __launch_bounds__(kMaxThreads, blocks_wanted(kWhich))
+__global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(kWhich == Activations::all))
     planes_forward_on_chip(const ForwardArgs args, const PlanesWalk walk) {
   using S = Compute<T>;
   using Shared = PlanesShared<ChannelAffine<S>>;
@@ -330,7 +325,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted(kWhich))
 
 // Forward in two kernels: the sums of each block's part of a channel go to `partial`.
 template <class T, int kTile>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(false))
     planes_forward_sums(const ForwardArgs args, const PlanesWalk walk, Pair* partial) {
   using Shared = PlanesShared<ChannelAffine<Compute<T>>>;
   const PlanesPart part(walk, blockIdx.x);
@@ -350,7 +345,7 @@ __device__ __forceinline__ Pair sum_of_parts(const PlanesWalk& walk, const Plane
 
 // The second of them; or, in evaluation mode, the only one. Begins where the first ended.
 template <class T, int kTile, Activations kWhich>
-__global__ void __launch_bounds__(kMaxThreads, blocks_wanted(kWhich))
+__global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(kWhich == Activations::all))
     planes_forward_apply(const ForwardArgs args, const PlanesWalk walk, const Pair* partial) {
   using S = Compute<T>;
   using Shared = PlanesShared<ChannelAffine<S>>;
@@ -374,7 +369,7 @@ __device__ __forceinline__ ChannelAffine<Compute<T>> saved_affine(const Backward
 }
 
 template <class T, int kTile, Activations kWhich>
-__global__ void __launch_bounds__(kMaxThreads, blocks_wanted(kWhich))
+__global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(kWhich == Activations::all))
     planes_backward_on_chip(const BackwardArgs args, const PlanesWalk walk) {
   using S = Compute<T>;
   using Shared = PlanesShared<Gradient<S>>;
@@ -389,7 +384,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted(kWhich))
 }
 
 template <class T, int kTile, Activations kWhich>
-__global__ void __launch_bounds__(kMaxThreads, blocks_wanted(kWhich))
+__global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(kWhich == Activations::all))
     planes_backward_sums(const BackwardArgs args, const PlanesWalk walk, Pair* partial) {
   using Shared = PlanesShared<Gradient<Compute<T>>>;
   const PlanesPart part(walk, blockIdx.x);
@@ -400,7 +395,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted(kWhich))
 
 // `partial` may be null where nothing depends on the sums.
 template <class T, int kTile, Activations kWhich>
-__global__ void __launch_bounds__(kMaxThreads, blocks_wanted(kWhich))
+__global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(kWhich == Activations::all))
     planes_backward_apply(const BackwardArgs args, const PlanesWalk walk, const Pair* partial) {
   using S = Compute<T>;
   using Shared = PlanesShared<Gradient<S>>;

@@ -502,7 +502,7 @@ __device__ __forceinline__ void finish_channel(const BackwardArgs& args, std::in
 
 // In one kernel. With several splits it has to be launched cooperatively.
 template <class T, int kRows, Activations kWhich>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+__global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     rows_forward_on_chip(const ForwardArgs args, const RowsWalk walk, Pair* partial,
                          ChannelAffine<Compute<T>>* numbers) {
   const RowsPart part(walk, blockIdx.x);
@@ -514,7 +514,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 }
 
 template <class T, int kRows, Activations kWhich>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+__global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     rows_backward_on_chip(const BackwardArgs args, const RowsWalk walk, Pair* partial, Gradient<Compute<T>>* numbers) {
   const RowsPart part(walk, blockIdx.x);
   const RowsShared shared;
@@ -526,7 +526,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 
 // In three kernels: the first of them,
 template <class T, int kRows>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+__global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     rows_forward_sums(const ForwardArgs args, const RowsWalk walk, Pair* partial) {
   const RowsPart part(walk, blockIdx.x);
   const RowsShared shared;
@@ -535,7 +535,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 }
 
 template <class T, int kRows, Activations kWhich>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+__global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     rows_backward_sums(const BackwardArgs args, const RowsWalk walk, Pair* partial) {
   const RowsPart part(walk, blockIdx.x);
   const RowsShared shared;
@@ -545,7 +545,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 
 // the second,
 template <class T, class Args, class Numbers>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+__global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     rows_finish(const Args args, const RowsWalk walk, const Pair* partial, Numbers* numbers) {
   all_channels(walk, partial, [&](std::int64_t c, const Pair& sums) { finish_channel<T>(args, c, sums, numbers); });
 }
@@ -553,7 +553,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 // and the last, which begins where the first ended. Without sums it is the only one, and `numbers` is null: each thread
 // works them out itself.
 template <class T, int kRows, Activations kWhich>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+__global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     rows_forward_apply(const ForwardArgs args, const RowsWalk walk, const ChannelAffine<Compute<T>>* numbers) {
   using S = Compute<T>;
   const RowsPart part(walk, gridDim.x - 1 - blockIdx.x);
@@ -573,7 +573,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 }
 
 template <class T, int kRows, Activations kWhich>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+__global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     rows_backward_apply(const BackwardArgs args, const RowsWalk walk, const Gradient<Compute<T>>* numbers) {
   using S = Compute<T>;
   const RowsPart part(walk, gridDim.x - 1 - blockIdx.x);
