@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import nvcc
 from target_torch import find_torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,21 +37,29 @@ def install(target: str, destination: Path) -> None:
 
 def _configure(options: dict[str, str]) -> None:
     stamp = BUILD_DIR / "environment.txt"
+    settings = _settings()
+    nvcc_by_pip = settings.get("FASTLAYERS_NVCC", "")
     environment = repr([sysconfig.get_path("include"), *map(os.environ.get, _COMPILER_VARIABLES)])
-    if not stamp.exists() or stamp.read_text() != environment:
+    before, _, nvcc_before = stamp.read_text().partition("\n") if stamp.exists() else ("", "", "")
+    nvcc_is_gone = bool(nvcc_before) and not nvcc_by_pip
+    if nvcc_is_gone and settings["FASTLAYERS_CUDA"] == "auto":
+        # pip has removed the build's own packages. What else was compiled is as good as ever.
+        settings["FASTLAYERS_CUDA"], nvcc_by_pip = "0", nvcc_before
+    if before != environment or nvcc_before != nvcc_by_pip:
         shutil.rmtree(BUILD_DIR, ignore_errors=True)
     # Gone until CMake succeeds: a cache that remembers a missing compiler must not be used again.
     stamp.unlink(missing_ok=True)
-    definitions = [f"-D{name}={value}" for name, value in (_settings() | options).items()]
+    definitions = [f"-D{name}={value}" for name, value in (settings | options).items()]
     _run("-S", str(ROOT), "-B", str(BUILD_DIR), "-G", "Ninja", *definitions)
-    stamp.write_text(environment)
+    stamp.write_text(f"{environment}\n{nvcc_by_pip}")
 
 
 def _settings() -> dict[str, str]:
     torch = find_torch()
     if torch is None:
         raise SystemExit('fastlayers is built against torch: pip install "torch>=2.11" first')
-    return {
+    by_pip = None if nvcc.system_nvcc() else nvcc.installed_by_pip()
+    return ({"FASTLAYERS_NVCC": str(by_pip)} if by_pip else {}) | {
         # Said each time: the cache remembers that the tests, which need pybind11, were built here.
         "FASTLAYERS_BUILD_TESTS": "OFF",
         "CMAKE_BUILD_TYPE": "Debug" if os.environ.get("DEBUG") == "1" else "Release",

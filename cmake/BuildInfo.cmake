@@ -10,6 +10,8 @@ endfunction()
 
 json_array(isas ${FASTLAYERS_ISAS})
 json_array(cuda_archs ${FASTLAYERS_CUDA_ARCHS})
+fastlayers_cuda_targets(cuda_targets ${FASTLAYERS_CUDA_ARCHS})
+json_array(cuda_targets ${cuda_targets})
 set(cuda_kernels false)
 if(FASTLAYERS_HAVE_CUDA)
   set(cuda_kernels true)

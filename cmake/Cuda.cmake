@@ -25,6 +25,15 @@ else()
   if(FASTLAYERS_NVCC AND NOT DEFINED ENV{CUDACXX})
     set(ENV{CUDACXX} "${FASTLAYERS_NVCC}")  # where CMake looks for it
   endif()
+  if(NOT DEFINED ENV{CUDACXX} OR "$ENV{CUDACXX}" STREQUAL "${FASTLAYERS_NVCC}")
+    # The packages of PyPI have their libraries in lib; nvcc looks in lib64.
+    cmake_path(GET FASTLAYERS_NVCC PARENT_PATH cuda_bin)
+    cmake_path(GET cuda_bin PARENT_PATH cuda_root)
+    if(EXISTS "${cuda_root}/lib/libcudart_static.a")
+      set(FASTLAYERS_CUDA_LIBRARIES "${cuda_root}/lib")
+      set(ENV{LIBRARY_PATH} "${FASTLAYERS_CUDA_LIBRARIES}:$ENV{LIBRARY_PATH}")  # for CMake's own checks
+    endif()
+  endif()
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
     set(FASTLAYERS_HAVE_CUDA 1)
@@ -53,6 +62,7 @@ function(fastlayers_add_cuda_kernels target archs)
       CUDA_ARCHITECTURES "${archs}" CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF)
   endforeach()
   target_link_libraries(${target} PUBLIC fastlayers_cuda_plan)
+  target_link_directories(${target} INTERFACE ${FASTLAYERS_CUDA_LIBRARIES})
 endfunction()
 
 if(FASTLAYERS_HAVE_CUDA)

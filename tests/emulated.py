@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlayers import activations, masks
 from tests import philox
 from tests.cases import ACTIVATIONS, Case, Sample, make_sample
-from tests.layouts import _channels_last
+from tests.layouts import LAYOUTS
 from tests.oracle import Results
 
 _DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -146,10 +146,10 @@ def _view(t: Tensor, rows: bool) -> Tensor:
     try:
         view = t.movedim(1, -1).view(-1, c) if rows else t.view(n, c, -1)
     except RuntimeError:
-        return _view(_channels_last(t) if rows else t.contiguous(), rows)
+        return _view(LAYOUTS["channels_last" if rows else "contiguous"](t), rows)
     if view.stride(-1) == 1 or view.shape[-1] == 1:
         return view
-    return _view(_channels_last(t) if rows else t.contiguous(), rows)
+    return _view(LAYOUTS["channels_last" if rows else "contiguous"](t), rows)
 
 
 class Call:
@@ -254,12 +254,14 @@ def run(emulation: Emulation, emulated: EmulatedSample, wanted: Wanted = Wanted(
     activation = activations.resolve(ACTIVATIONS[case.act])
     save_bits = sample.residual is not None and activation.derivatives is not None
     with emulation.in_order():
-        forward = _Forward(emulation, emulated, activation, save_bits)
+        forward = Forward(emulation, emulated, activation, save_bits)
         backward = _Backward(emulation, emulated, activation, forward, wanted)
     return forward.results | backward.results
 
 
-class _Forward:
+class Forward:
+    """One call of forward: its results, and what it saves for backward."""
+
     def __init__(
         self, emulation: Emulation, emulated: EmulatedSample, activation: activations.Activation, save_bits: bool
     ) -> None:
@@ -301,7 +303,7 @@ class _Backward:
         emulation: Emulation,
         emulated: EmulatedSample,
         activation: activations.Activation,
-        forward: _Forward,
+        forward: Forward,
         wanted: Wanted,
     ) -> None:
         sample, case, module = emulated.sample, emulated.sample.case, emulation.module

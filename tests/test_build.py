@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cmake_call
 import fastlayers_build
+import nvcc
 import pytest
 import target_torch
 import torch
@@ -84,9 +85,9 @@ class TestTorchToBuildAgainst:
         assert target_torch.find_torch() == expected
 
     def test_is_asked_for_only_where_there_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert fastlayers_build._torch_requirement() == []
+        assert fastlayers_build._requirements() == []
         monkeypatch.setattr(fastlayers_build, "find_torch", lambda: None)
-        assert fastlayers_build._torch_requirement() == ["torch>=2.11"]
+        assert fastlayers_build._requirements() == ["torch>=2.11"]
 
 
 class TestMessages:
@@ -142,7 +143,7 @@ class TestMessages:
     def test_unsupported_platform(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "platform", "darwin")
         with pytest.raises(SystemExit, match="cannot be built on darwin"):
-            fastlayers_build._torch_requirement()
+            fastlayers_build._requirements()
 
     @pytest.mark.parametrize("value", ["0", "-1", "many"])
     def test_bad_max_jobs(self, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
@@ -154,6 +155,73 @@ class TestMessages:
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(SystemExit, match="no-such-tool is missing: pip install no-such-tool"):
             cmake_call._program("no-such-tool")
+
+
+class TestNvcc:
+    """Which nvcc compiles the kernels, and when pip is asked for one."""
+
+    PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
+
+    @pytest.fixture
+    def without_toolkit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("FASTLAYERS_CUDA", raising=False)
+        monkeypatch.setattr(nvcc, "system_nvcc", lambda: None)
+
+    def torch(self, folder: Path, cuda: str | None) -> Path:
+        package = make_torch(folder)
+        with (package / "version.py").open("a") as file:
+            file.write(f"debug = False\ncuda: Optional[str] = {cuda!r}\ngit_version = 'cuda'\n")
+        return package
+
+    @pytest.mark.parametrize("cuda", ["13.0", "13.2", "14.1"])
+    @pytest.mark.usefixtures("without_toolkit")
+    def test_is_that_of_torchs_cuda(self, tmp_path: Path, cuda: str) -> None:
+        expected = [f"{package}=={cuda}.*" for package in self.PACKAGES]
+        assert nvcc.requirements(self.torch(tmp_path, cuda)) == expected
+
+    @pytest.mark.usefixtures("without_toolkit")
+    def test_is_not_asked_for_where_there_is_none(self, tmp_path: Path) -> None:
+        assert nvcc.requirements(self.torch(tmp_path, "12.8")) == []
+
+    @pytest.mark.usefixtures("without_toolkit")
+    def test_is_not_asked_for_beside_a_torch_for_cpu(self, tmp_path: Path) -> None:
+        assert nvcc.requirements(self.torch(tmp_path, None)) == []
+        assert nvcc.requirements(None) == []
+
+    @pytest.mark.usefixtures("without_toolkit")
+    def test_is_asked_for_where_the_kernels_are_demanded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FASTLAYERS_CUDA", "1")
+        assert nvcc.requirements(self.torch(tmp_path, None)) == [f"{package}==13.0.*" for package in self.PACKAGES]
+
+    @pytest.mark.usefixtures("without_toolkit")
+    def test_is_not_asked_for_where_the_kernels_are_not_wanted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("FASTLAYERS_CUDA", "0")
+        assert nvcc.requirements(self.torch(tmp_path, "13.0")) == []
+
+    def test_is_not_asked_for_where_there_is_a_toolkit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CUDACXX", str(self.make_nvcc(tmp_path / "toolkit")))
+        assert nvcc.requirements(self.torch(tmp_path, "13.0")) == []
+
+    def make_nvcc(self, folder: Path) -> Path:
+        program = folder / "bin" / "nvcc"
+        program.parent.mkdir(parents=True)
+        program.touch(mode=0o755)
+        return program
+
+    @pytest.mark.parametrize("variable", ["CUDACXX", "CUDA_HOME", "PATH"])
+    def test_of_the_system_is_found(self, tmp_path: Path, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("CUDACXX", "CUDA_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        program = self.make_nvcc(tmp_path)
+        monkeypatch.setenv(variable, str({"CUDACXX": program, "CUDA_HOME": tmp_path, "PATH": program.parent}[variable]))
+        assert nvcc.system_nvcc() == program
+
+    def test_of_pip_is_found(self, tmp_path: Path) -> None:
+        old, new = (self.make_nvcc(tmp_path / "site" / "nvidia" / name) for name in ("cu9", "cu13"))
+        assert nvcc.installed_by_pip([str(tmp_path), str(tmp_path / "site")]) == new != old
+        assert nvcc.installed_by_pip([str(tmp_path)]) is None
 
 
 class TestCudaArchitectures:
@@ -173,7 +241,7 @@ class TestCudaArchitectures:
             ("8.0;9.0+PTX", "80-real;90"),
             ("7.5 8.6,10.0+PTX", "75-real;86-real;100"),
             ("9.0a;12.0f", "90a-real;120f-real"),
-            ("", "75-real;80-real;90-real;100"),
+            ("", "75-real;80-real;90-real;100-real;120"),
         ],
     )
     def test_torch_syntax(self, tmp_path: Path, value: str, expected: str) -> None:
@@ -235,7 +303,7 @@ class TestWhatWasBuilt:
         assert torch.torch_version.TorchVersion(info["torch_built_against"]) >= info["torch_target"]
         assert "baseline" in info["isas"]
         assert info["compiler"].split()[0] in ("GNU", "Clang")
-        assert bool(info["cuda_archs"]) != bool(info["why_no_cuda"])
+        assert bool(info["cuda"]) != bool(info["why_no_cuda"])
 
     def test_version(self) -> None:
         assert importlib.metadata.version("fastlayers") == fl.__version__

@@ -1,0 +1,128 @@
+"""What nvcc made of the CUDA kernels: nothing in local memory, accesses of 16 bytes, registers as the launches plan."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import cmake_call
+import nvcc
+import pytest
+
+import fastlayers as fl
+
+#: Newer than the others in what matters here: clusters. nvcc compiles the others from the same source.
+ARCH = "sm_90"
+REGISTERS = 65536  # of one processor
+
+
+class Kernel(NamedTuple):
+    """One kernel: its readable name, what it takes of a processor, and its instructions on memory."""
+
+    name: str
+    registers: int
+    stack: int
+    local: int
+    accesses: frozenset[str]
+
+
+def _tool(name: str) -> str:
+    compiler = nvcc.system_nvcc() or nvcc.installed_by_pip()
+    path = shutil.which(name) or (compiler and shutil.which(name, path=str(compiler.resolve().parent)))
+    if path is None:
+        pytest.skip(f"{name} (CUDA toolkit, or pip install nvidia-{name}) is not installed")
+    return path
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    """Those of the objects that were compiled for ARCH; compiles them unless they are up to date."""
+    info = fl.ops.build_info()
+    if not info["cuda"]:
+        pytest.skip(f"no CUDA kernels were compiled: {info['why_no_cuda']}")
+    if ARCH not in info["cuda"]:
+        pytest.skip(f"compiled for {', '.join(info['cuda'])}, not for {ARCH}")
+    dump = _tool("cuobjdump")
+    folder = cmake_call.build("fastlayers_cuda")
+    objects = list(folder.glob("CMakeFiles/fastlayers_cuda*.dir/**/*.cu.o"))
+    assert len(objects) == 5  # one for each storage type, and what they have in common
+    return [kernel for path in objects for kernel in _kernels_of(dump, path)]
+
+
+def _kernels_of(dump: str, path: Path) -> list[Kernel]:
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)",
+        _output(dump, "-res-usage", "-arch", ARCH, path),
+    )
+    accesses = defaultdict(set)
+    function = ""
+    for line in _output(dump, "-sass", "-arch", ARCH, path).splitlines():
+        if found := re.search(r"Function : (\S+)", line):
+            function = found[1]
+        elif found := re.search(r"\*/\s+(?:@!?U?P\w+ )?((?:LDG|STG|LDL|STL)[\w.]*)", line):
+            accesses[function].add(found[1])
+    names = _output("c++filt", *(name for name, *_ in usage)).splitlines()
+    return [
+        Kernel(readable, int(registers), int(stack), int(local), frozenset(accesses[name]))
+        for readable, (name, registers, stack, local) in zip(names, usage, strict=True)
+    ]
+
+
+def test_all_kernels_are_there(kernels: list[Kernel]) -> None:
+    """So that the tests below look at something."""
+    names = " ".join(kernel.name for kernel in kernels)
+    for layout in ("planes", "rows"):
+        for direction in ("forward", "backward"):
+            for part in ("on_chip", "sums", "apply"):
+                assert f"{layout}_{direction}_{part}<" in names
+    for storage in ("float", "double", "fastlayers::bf16", "fastlayers::f16"):
+        assert f"planes_forward_on_chip<{storage}," in names
+
+
+def test_nothing_is_in_local_memory(kernels: list[Kernel]) -> None:
+    def is_local(access: str) -> bool:
+        return access.startswith(("LDL", "STL"))
+
+    assert [k for k in kernels if k.stack or k.local or any(map(is_local, k.accesses))] == []
+
+
+def _streams(kernel: Kernel) -> bool:
+    return re.search(r"\b(planes|rows)_(forward|backward)_|dropout_groups", kernel.name) is not None
+
+
+def test_streaming_kernels_load_16_bytes(kernels: list[Kernel]) -> None:
+    streaming = [kernel for kernel in kernels if _streams(kernel)]
+    assert len(streaming) > 50
+    assert [k for k in streaming if not any(a.startswith("LDG.E.128") for a in k.accesses)] == []
+
+
+def test_streaming_kernels_store_16_bytes(kernels: list[Kernel]) -> None:
+    writing = [kernel for kernel in kernels if _streams(kernel) and "_sums<" not in kernel.name]
+    assert len(writing) > 40
+    assert [k for k in writing if not any(a.startswith("STG.E.128") for a in k.accesses)] == []
+
+
+def test_registers_allow_the_blocks_that_launches_plan(kernels: list[Kernel]) -> None:
+    """As csrc/kernels/cuda/launch_limits.h has them: threads of a block, and blocks on a processor."""
+    too_many = []
+    for kernel in kernels:
+        wide = "<double" in kernel.name
+        if "planes_" in kernel.name:
+            all_activations = "(fastlayers::cuda::Activations)1" in kernel.name
+            threads = (256 if wide else 512) * (1 if all_activations else 2)
+        elif "rows_" in kernel.name:
+            threads = 128 * (2 if wide else 3)
+        else:
+            threads = 256
+        # A processor hands out registers in units of eight for each thread.
+        if (kernel.registers + 7) // 8 * 8 * threads > REGISTERS:
+            too_many.append((kernel.name, kernel.registers, threads))
+    assert too_many == []
