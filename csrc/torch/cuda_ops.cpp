@@ -15,7 +15,12 @@
 // In libtorch_cuda: null beside a torch for CPUs, where no CUDA tensor can come from either.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
-namespace fastlayers::cuda {
+namespace fastlayers::cuda_ops {
+
+// The CPU's types of the same names are one namespace further out.
+using cuda::ActivationCall, cuda::BackwardArgs, cuda::ChannelSource, cuda::ChannelTarget, cuda::Device,
+    cuda::DropoutArgs, cuda::Error, cuda::ForwardArgs, cuda::Keep, cuda::Plan, cuda::Stream;
+
 namespace {
 
 // The GPU of a tensor as the current one, with its stream and its sizes.
@@ -34,7 +39,7 @@ class Gpu {
     static std::map<std::int32_t, Device> known;
     const std::lock_guard lock(mutex);
     const auto [at, is_new] = known.try_emplace(t.get_device_index());
-    if (is_new) at->second = device(t.get_device_index());
+    if (is_new) at->second = cuda::device(t.get_device_index());
     return at->second;
   }
 
@@ -44,16 +49,17 @@ class Gpu {
 };
 
 void check(Error error, const std::string& what) {
-  STD_TORCH_CHECK(error == 0, "fastlayers: a CUDA kernel could not be launched: ", error_text(error), " (", what, ")");
+  STD_TORCH_CHECK(error == 0, "fastlayers: a CUDA kernel could not be launched: ", cuda::error_text(error), " (", what,
+                  ")");
 }
 
 // Groups and runs of rows are counted in 31 bits.
 void check_size(const Shape& shape) {
-  const std::int64_t groups = shape.rows ? shape.count_per_channel() : shape.batch * groups_per_plane(shape);
+  const std::int64_t groups = shape.rows ? shape.count_per_channel() : shape.batch * cuda::groups_per_plane(shape);
   constexpr std::int64_t kLimit = (std::int64_t{1} << 31) - (1 << 20);
-  STD_TORCH_CHECK(groups < kLimit && shape.channels < kLimit / kMaxRowsPerRun, "input should have less than ", kLimit,
-                  shape.rows ? " positions in all its samples, not " : " groups of 8 elements in a channel, not ",
-                  groups);
+  STD_TORCH_CHECK(
+      groups < kLimit && shape.channels < kLimit / cuda::kMaxRowsPerRun, "input should have less than ", kLimit,
+      shape.rows ? " positions in all its samples, not " : " groups of 8 elements in a channel, not ", groups);
 }
 
 Shape checked_shape(const Tensor& output) {
@@ -117,7 +123,7 @@ template <class Args>
 void run(Error (*kernels)(const Args&, const Plan&, void*, Stream), const Args& args, const Plan& plan,
          const Tensor& input, const Gpu& gpu) {
   Tensor workspace = empty_vector(input, static_cast<std::int64_t>(plan.workspace_bytes), ScalarType::Byte);
-  check(kernels(args, plan, workspace.mutable_data_ptr(), gpu.stream()), describe(plan));
+  check(kernels(args, plan, workspace.mutable_data_ptr(), gpu.stream()), cuda::describe(plan));
 }
 
 }  // namespace
@@ -144,7 +150,7 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
   const Shape shape = checked_shape(output);
   Tensor mean = empty_vector(input, shape.channels, ScalarType::Double);
   Tensor invstd = empty_vector(input, shape.channels, ScalarType::Double);
-  Tensor flat_bits = empty_vector(input, save_flat_bits ? flat_bits_bytes(shape) : 0, ScalarType::Byte);
+  Tensor flat_bits = empty_vector(input, save_flat_bits ? cuda::flat_bits_bytes(shape) : 0, ScalarType::Byte);
 
   ForwardArgs args;
   args.shape = shape;
@@ -156,7 +162,7 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
     // As torch: statistics of nothing leave the running ones as they are.
     torch::stable::zero_(mean);
     torch::stable::zero_(invstd);
-    if (args.num_batches_tracked) check(count_batch(args.num_batches_tracked, gpu.stream()), "counting a batch");
+    if (args.num_batches_tracked) check(cuda::count_batch(args.num_batches_tracked, gpu.stream()), "counting a batch");
     return {output, mean, invstd, flat_bits};
   }
   const View input_view = as_source(shape, input);
@@ -176,7 +182,7 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
   args.eps = eps;
   args.mean = static_cast<double*>(mean.mutable_data_ptr());
   args.invstd = static_cast<double*>(invstd.mutable_data_ptr());
-  run(batch_norm_act_forward, args, plan_forward(args, Gpu::sizes(input)), input, gpu);
+  run(cuda::batch_norm_act_forward, args, cuda::plan_forward(args, Gpu::sizes(input)), input, gpu);
   return {out.finish(), mean, invstd, flat_bits};
 }
 
@@ -210,8 +216,8 @@ FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor 
   }
   if (flat_bits)
     STD_TORCH_CHECK(flat_bits->scalar_type() == ScalarType::Byte && flat_bits->is_contiguous() &&
-                        flat_bits->numel() == flat_bits_bytes(shape),
-                    "flat_bits should be ", flat_bits_bytes(shape), " contiguous bytes of uint8");
+                        flat_bits->numel() == cuda::flat_bits_bytes(shape),
+                    "flat_bits should be ", cuda::flat_bits_bytes(shape), " contiguous bytes of uint8");
 
   BackwardArgs args;
   args.shape = shape;
@@ -234,7 +240,7 @@ FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor 
   args.mean = static_cast<const double*>(mean.const_data_ptr());
   args.invstd = static_cast<const double*>(invstd.const_data_ptr());
   args.training = training;
-  run(batch_norm_act_backward, args, plan_backward(args, Gpu::sizes(input)), input, gpu);
+  run(cuda::batch_norm_act_backward, args, cuda::plan_backward(args, Gpu::sizes(input)), input, gpu);
   if (input_out) input_out->finish();
   if (residual_out) residual_out->finish();
   return {input_grad ? grad_input : none(), grad_weight, grad_bias, grad_residual};
@@ -253,7 +259,7 @@ Tensor dropout(Tensor input, Tensor mask, double scale) {
   Tensor target = args.keep.seed || is_in_order(args.shape, output) ? output : torch::stable::empty_like(source);
   args.input = source.const_data_ptr();
   args.output = target.mutable_data_ptr();
-  check(dropout(args, gpu.stream()), "dropout");
+  check(cuda::dropout(args, gpu.stream()), "dropout");
   if (target.get() != output.get()) torch::stable::copy_(output, target);
   return output;
 }
@@ -264,13 +270,13 @@ Tensor unpack_mask(Tensor bits, Tensor like, bool flat) {
   Tensor mask = empty_like(like, ScalarType::Bool);
   const Shape shape = shape_of(mask);
   STD_TORCH_CHECK(
-      bits.scalar_type() == ScalarType::Byte && bits.numel() == flat_bits_bytes(shape) && bits.is_contiguous(),
-      "bits should be ", flat_bits_bytes(shape), " contiguous bytes of uint8");
+      bits.scalar_type() == ScalarType::Byte && bits.numel() == cuda::flat_bits_bytes(shape) && bits.is_contiguous(),
+      "bits should be ", cuda::flat_bits_bytes(shape), " contiguous bytes of uint8");
   check_same_device("bits", bits, like);
   if (mask.numel() == 0) return mask;
   Tensor target = in_order(shape, mask);
-  check(unpack_flat_bits(shape, static_cast<const std::uint8_t*>(bits.const_data_ptr()),
-                         static_cast<bool*>(target.mutable_data_ptr()), gpu.stream()),
+  check(cuda::unpack_flat_bits(shape, static_cast<const std::uint8_t*>(bits.const_data_ptr()),
+                               static_cast<bool*>(target.mutable_data_ptr()), gpu.stream()),
         "unpacking a mask");
   if (target.get() != mask.get()) torch::stable::copy_(mask, target);
   return mask;
@@ -281,12 +287,12 @@ Tensor element_mask(Tensor seed, Tensor like, double drop_scale) {
   Tensor mask = empty_like(like, ScalarType::Bool);
   if (mask.numel() == 0) return mask;
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed should be one int64");
-  check(element_mask(mask.numel(), keep_of(like, seed, drop_scale), static_cast<bool*>(mask.mutable_data_ptr()),
-                     gpu.stream()),
+  check(cuda::element_mask(mask.numel(), keep_of(like, seed, drop_scale), static_cast<bool*>(mask.mutable_data_ptr()),
+                           gpu.stream()),
         "drawing a mask");
   return mask;
 }
 
-}  // namespace fastlayers::cuda
+}  // namespace fastlayers::cuda_ops
 
 #endif

@@ -3,7 +3,7 @@
 
 #include "batch_norm_act.h"
 
-namespace fastlayers::cuda {
+namespace fastlayers::cuda_ops {
 
 FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
                                OptionalTensor mask, OptionalTensor running_mean, OptionalTensor running_var,
@@ -23,4 +23,4 @@ Tensor unpack_mask(Tensor bits, Tensor like, bool flat);
 // What the element-wise dropout of a seed keeps.
 Tensor element_mask(Tensor seed, Tensor like, double drop_scale);
 
-}  // namespace fastlayers::cuda
+}  // namespace fastlayers::cuda_ops
