@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import cmake_call
-import nvcc
 import pytest
 
 import fastlayers as fl
@@ -30,16 +31,24 @@ class Kernel(NamedTuple):
     accesses: frozenset[str]
 
 
-def _tool(name: str) -> str:
-    compiler = nvcc.system_nvcc() or nvcc.installed_by_pip()
-    path = shutil.which(name) or (compiler and shutil.which(name, path=str(compiler.resolve().parent)))
-    if path is None:
-        pytest.skip(f"{name} (CUDA toolkit, or pip install nvidia-{name}) is not installed")
-    return path
+def _folder_of_cuobjdump() -> Path:
+    """Where it and nvdisasm, which it calls, are: by pip (the extra "test" asks for them), or a toolkit's."""
+    folders = [str(path) for entry in sys.path for path in Path(entry).glob("nvidia/cu*/bin")]
+    found = shutil.which(
+        "cuobjdump", path=os.pathsep.join([*folders, os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    )
+    if found is None:
+        pytest.skip("cuobjdump is not installed: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    return Path(found).parent
 
 
-def _output(*command: str | Path) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _output(*command: str | Path, folder: Path | None = None) -> str:
+    env = os.environ | ({"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"} if folder else {})
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+
+
+def _dump(folder: Path, what: str, path: Path) -> str:
+    return _output("cuobjdump", what, "-arch", ARCH, path, folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +59,18 @@ def kernels() -> list[Kernel]:
         pytest.skip(f"no CUDA kernels were compiled: {info['why_no_cuda']}")
     if ARCH not in info["cuda"]:
         pytest.skip(f"compiled for {', '.join(info['cuda'])}, not for {ARCH}")
-    dump = _tool("cuobjdump")
-    folder = cmake_call.build("fastlayers_cuda")
-    objects = list(folder.glob("CMakeFiles/fastlayers_cuda*.dir/**/*.cu.o"))
+    tools = _folder_of_cuobjdump()
+    objects = list(cmake_call.build("fastlayers_cuda").glob("CMakeFiles/fastlayers_cuda*.dir/**/*.cu.o"))
     assert len(objects) == 5  # one for each storage type, and what they have in common
-    return [kernel for path in objects for kernel in _kernels_of(dump, path)]
+    return [kernel for path in objects for kernel in _kernels_of(tools, path)]
 
 
-def _kernels_of(dump: str, path: Path) -> list[Kernel]:
-    usage = re.findall(
-        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)",
-        _output(dump, "-res-usage", "-arch", ARCH, path),
-    )
+def _kernels_of(tools: Path, path: Path) -> list[Kernel]:
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+    usage = re.findall(pattern, _dump(tools, "-res-usage", path))
     accesses = defaultdict(set)
     function = ""
-    for line in _output(dump, "-sass", "-arch", ARCH, path).splitlines():
+    for line in _dump(tools, "-sass", path).splitlines():
         if found := re.search(r"Function : (\S+)", line):
             function = found[1]
         elif found := re.search(r"\*/\s+(?:@!?U?P\w+ )?((?:LDG|STG|LDL|STL)[\w.]*)", line):

@@ -191,6 +191,10 @@ void __stcs(T* p, T value) {
   *p = value;
 }
 template <class T>
+void __stwb(T* p, T value) {
+  *p = value;
+}
+template <class T>
 void __stcg(T* p, T value) {
   *p = value;
 }

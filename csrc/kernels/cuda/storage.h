@@ -104,8 +104,9 @@ __device__ __forceinline__ Group<T> load_whole(const T* p) {
 template <class T>
 __device__ __forceinline__ void store_whole(T* p, const Group<T>& group) {
   const auto words = __builtin_bit_cast(Words<T>, group);
+  // Not by an assignment: nvcc would split it into what it has in common with the elements' stores in store().
 #pragma unroll
-  for (int w = 0; w < Group<T>::kWords; ++w) reinterpret_cast<uint4*>(p)[w] = words.words[w];
+  for (int w = 0; w < Group<T>::kWords; ++w) __stwb(reinterpret_cast<uint4*>(p) + w, words.words[w]);
 }
 
 // The elements of `valid`, zeros elsewhere. `p` is where the group begins, which may be outside of the tensor; it is a
