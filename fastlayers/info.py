@@ -12,6 +12,7 @@ import click
 import torch
 
 import fastlayers as fl
+from fastlayers import activations, dtypes, plans
 
 BACKEND_COLUMNS = ("op", "device", "backend", "why")
 
@@ -88,7 +89,46 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"  {line}".rstrip() for line in lines)
 
 
+def _shape(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Reads sizes with commas between them."""
+    if value is None:
+        return None
+    sizes = value.split(",")
+    if len(sizes) < 2 or not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise click.BadParameter(
+            f"{value!r} should be at least two positive sizes with commas between, as 128,64,32,32"
+        )
+    return tuple(int(size) for size in sizes)
+
+
+def explanation(shape: tuple[int, ...], dtype: str, layout: str, act: str) -> str:
+    """What ``--explain`` prints."""
+    gpu = plans.current_gpu()
+    rows = plans.explain(shape, getattr(torch, dtype), layout, act, gpu)
+    title = f"CUDA kernels of {gpu.name} for {'x'.join(map(str, shape))}, {dtype}, {layout}, {act}"
+    return f"{title}\n{_table(rows)}"
+
+
 @click.command(short_help="Versions, what was compiled, and backends.")
-def info() -> None:
+@click.option(
+    "--explain",
+    "shape",
+    metavar="SHAPE",
+    callback=_shape,
+    help="Instead, say which CUDA kernels serve a tensor (N,C,...), and why. Without a GPU: those of an H200.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice([str(d).removeprefix("torch.") for d in dtypes.SUPPORTED]),
+    default="float32",
+    show_default=True,
+    help="With --explain.",
+)
+@click.option(
+    "--layout", type=click.Choice(plans.LAYOUTS), default="contiguous", show_default=True, help="With --explain."
+)
+@click.option("--act", type=click.Choice(sorted(activations.NAMES)), default="relu", show_default=True,
+              help="With --explain.")  # fmt: skip
+def info(shape: tuple[int, ...] | None, dtype: str, layout: str, act: str) -> None:
     """Shows versions, what was compiled, and which backend serves each op and why."""
-    click.echo(render(collect()))
+    click.echo(render(collect()) if shape is None else explanation(shape, dtype, layout, act))

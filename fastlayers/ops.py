@@ -45,6 +45,20 @@ def set_last_level_cache_bytes(size: int) -> int:
     return before
 
 
+def cuda_plan(
+    sizes: list[int],
+    rows: bool,
+    dtype: torch.dtype,
+    activation: int,
+    training: bool,
+    backward: bool,
+    gpu: list[int],
+) -> str:
+    """Which CUDA kernels would run on (N, C, S) elements, in words: see `plans.explain`."""
+    plan: str = _ops.cuda_plan(sizes, rows, dtype, activation, training, backward, gpu)
+    return plan
+
+
 def build_info() -> dict[str, Any]:
     """What was compiled, how, and against which torch."""
     return _library.build_info()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cmake_call
 import pytest
@@ -91,12 +93,32 @@ def cuda_emulated(pytestconfig: pytest.Config) -> ModuleType:
     return _compiled(target, "fastlayers_cuda_emulated", target)
 
 
-def _compiled(target: str, module: str, subfolder: str) -> ModuleType:
-    """A Python module that CMake builds as `target`, unless it is up to date, into a folder of the build folder."""
+@pytest.fixture(scope="session")
+def emulated_ops() -> Any:
+    """The operators on CUDA tensors over the emulated kernels, tests/cuda_emulation/ops."""
+    folder = _built("fastlayers_emulated_ops") / "fastlayers_emulated_ops"
+    torch.ops.load_library(str(next(folder.glob("*.so"))))
+    return torch.ops.fastlayers_emulated
+
+
+@pytest.fixture
+def emulated_backend(emulated_ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the emulated CUDA kernels serve CPU tensors, by the operators that CUDA tensors have."""
+    monkeypatch.setitem(fl.backends._OP_SETS, "emulated", emulated_ops)
+    monkeypatch.setattr(fl.backends, "serving", lambda input: "emulated")
+
+
+def _built(target: str) -> Path:
+    """The build folder, with `target` in it up to date."""
     try:
-        folder = cmake_call.build(target, FASTLAYERS_BUILD_TESTS="ON") / subfolder
+        return cmake_call.build(target, FASTLAYERS_BUILD_TESTS="ON")
     except SystemExit as error:
         pytest.fail(f"{target} could not be built: {error}")
+
+
+def _compiled(target: str, module: str, subfolder: str) -> ModuleType:
+    """A Python module that CMake builds as `target`, unless it is up to date, into a folder of the build folder."""
+    folder = _built(target) / subfolder
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(module)

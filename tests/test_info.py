@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 import fastlayers as fl
-from fastlayers import info
+from fastlayers import info, plans
 from fastlayers.cli import main
 
 
@@ -64,6 +64,40 @@ def test_render_aligns_columns() -> None:
         "  op       device  backend  why",
         "  dropout  cpu     cpp      fast",
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "paths"),
+    [
+        # A channel of 128 planes of 4 KB fits into a cluster; in 16 channels of 196 KB each more blocks are needed.
+        (["128,64,32,32"], ("planes_on_chip", "planes_on_chip", "planes_pointwise")),
+        (["1,3,512,512"], ("planes_split", "planes_split", "planes_pointwise")),
+        (["100,1024"], ("rows_one_block", "rows_one_block", "rows_pointwise")),
+        (["128,64,32,32", "--layout", "channels_last"], ("rows_on_chip", "rows_split", "rows_pointwise")),
+        (
+            ["128,64,32,32", "--layout", "channels_last", "--dtype", "bfloat16"],
+            ("rows_on_chip",) * 2 + ("rows_pointwise",),
+        ),
+    ],
+    ids=str,
+)
+def test_explain_says_which_kernels_run(arguments: list[str], paths: tuple[str, ...]) -> None:
+    output = CliRunner().invoke(main, ["info", "--explain", *arguments], catch_exceptions=False).output
+    assert [line.split()[1].rstrip(":") for line in output.splitlines()[1:]] == list(paths)
+
+
+@pytest.mark.parametrize("shape", ["", "7", "2,x", "2,0,3", "2,-1"])
+def test_explain_wants_a_shape(shape: str) -> None:
+    result = CliRunner().invoke(main, ["info", "--explain", shape])
+    assert result.exit_code == 2
+    assert "128,64,32,32" in result.output
+
+
+def test_plans_want_a_shape_and_a_layout() -> None:
+    with pytest.raises(ValueError, match="two positive sizes"):
+        plans.explain([3], torch.float32, "contiguous")
+    with pytest.raises(ValueError, match="layout should be one of contiguous, channels_last, not 'NHWC'"):
+        plans.explain([3, 4], torch.float32, "NHWC")
 
 
 def test_with_a_damaged_library_it_says_how_to_mend_that(tmp_path: Path) -> None:

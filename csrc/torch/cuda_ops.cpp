@@ -4,16 +4,9 @@
 
 #if FASTLAYERS_HAVE_CUDA
 
-#include <torch/csrc/stable/accelerator.h>
-
-#include <map>
-#include <mutex>
-
 #include "../kernels/common/activations.h"
 #include "../kernels/cuda/plan.h"
-
-// In libtorch_cuda: null beside a torch for CPUs, where no CUDA tensor can come from either.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#include "gpu.h"
 
 namespace fastlayers::cuda_ops {
 
@@ -22,31 +15,6 @@ using cuda::ActivationCall, cuda::BackwardArgs, cuda::ChannelSource, cuda::Chann
     cuda::DropoutArgs, cuda::Error, cuda::ForwardArgs, cuda::Keep, cuda::Plan, cuda::Stream;
 
 namespace {
-
-// The GPU of a tensor as the current one, with its stream and its sizes.
-class Gpu {
- public:
-  explicit Gpu(const Tensor& t) : guard_(t.get_device_index()) {
-    STD_TORCH_CHECK(t.is_cuda(), "input should be on a CUDA device");
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
-  }
-
-  Stream stream() const { return stream_; }
-
-  static const Device& sizes(const Tensor& t) {
-    static std::mutex mutex;
-    static std::map<std::int32_t, Device> known;
-    const std::lock_guard lock(mutex);
-    const auto [at, is_new] = known.try_emplace(t.get_device_index());
-    if (is_new) at->second = cuda::device(t.get_device_index());
-    return at->second;
-  }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
-};
 
 void check(Error error, const std::string& what) {
   STD_TORCH_CHECK(error == 0, "fastlayers: a CUDA kernel could not be launched: ", cuda::error_text(error), " (", what,
@@ -118,6 +86,12 @@ void check_input(const Tensor& input) {
   STD_TORCH_CHECK(input.dim() >= 2, "input should have at least 2 dimensions (N, C, ...), not ", input.dim());
 }
 
+// A seed's elements go by their places in the memory of the output. Where the kernels write another order, which is
+// copied over it, dropout is a step of its own.
+bool drops_apart(const Shape& shape, const Tensor& output, const Keep& keep) {
+  return keep.seed && !is_in_order(shape, output);
+}
+
 // Runs what was planned, in workspace of torch's.
 template <class Args>
 void run(Error (*kernels)(const Args&, const Plan&, void*, Stream), const Args& args, const Plan& plan,
@@ -165,6 +139,8 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
     if (args.num_batches_tracked) check(cuda::count_batch(args.num_batches_tracked, gpu.stream()), "counting a batch");
     return {output, mean, invstd, flat_bits};
   }
+  const bool apart = drops_apart(shape, output, args.keep);
+  if (apart) args.keep = {};
   const View input_view = as_source(shape, input);
   args.input = input_view.source();
   std::optional<View> residual_view;
@@ -183,7 +159,8 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
   args.mean = static_cast<double*>(mean.mutable_data_ptr());
   args.invstd = static_cast<double*>(invstd.mutable_data_ptr());
   run(cuda::batch_norm_act_forward, args, cuda::plan_forward(args, Gpu::sizes(input)), input, gpu);
-  return {out.finish(), mean, invstd, flat_bits};
+  out.finish();
+  return {apart ? dropout(output, *mask, drop_scale) : output, mean, invstd, flat_bits};
 }
 
 FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor weight, OptionalTensor bias,
@@ -224,6 +201,11 @@ FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor 
   args.dtype = storage_dtype(input);
   args.activation = activation_call(activation, activation_params);
   args.keep = keep_of(input, mask, drop_scale);
+  if (drops_apart(shape, grad_input, args.keep)) {
+    args.keep = {};
+    torch::stable::copy_(grad_input, grad_output);
+    grad_output = dropout(grad_input, *mask, drop_scale);
+  }
   const View grad_output_view = as_source(shape, grad_output), input_view = as_source(shape, input);
   args.grad_output = grad_output_view.source();
   args.input = input_view.source();

@@ -1,5 +1,4 @@
-// The schemas of the operators and what implements them on each device. Their meaning: fastlayers/reference.py; their
-// fake versions: fastlayers/ops.py.
+// The operators, and what implements them on each device.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -10,6 +9,7 @@
 #include "cuda_ops.h"
 #include "draw_mask.h"
 #include "dropout.h"
+#include "schemas.h"
 
 namespace fastlayers {
 namespace {
@@ -52,25 +52,15 @@ std::string cuda_plan(std::vector<std::int64_t> shape, bool rows, torch::headero
 }  // namespace fastlayers
 
 STABLE_TORCH_LIBRARY(fastlayers, m) {
-  m.def(
-      "batch_norm_act_fwd(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
-      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, "
-      "float? momentum, float eps, int activation, float[] activation_params, float drop_scale, bool save_flat_bits) "
-      "-> (Tensor output, Tensor mean, Tensor invstd, Tensor flat_bits)");
-  m.def(
-      "batch_norm_act_bwd(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
-      "Tensor? flat_bits, Tensor? mask, Tensor mean, Tensor invstd, bool training, int activation, "
-      "float[] activation_params, float drop_scale, bool input_grad, bool affine_grad, bool residual_grad) "
-      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
-  m.def("dropout(Tensor input, Tensor mask, float scale) -> Tensor");
-  m.def("pack_mask(Tensor mask, bool flat) -> Tensor");
-  m.def("unpack_mask(Tensor bits, Tensor like, bool flat) -> Tensor");
-  // Of a GPU's masks, which are seeds: see reference.py.
-  m.def("element_mask(Tensor seed, Tensor like, float drop_scale) -> Tensor");
-  m.def("draw_channel_mask(Tensor state, Tensor like, float keep_probability) -> (Tensor mask, Tensor next_state)");
-  m.def(
-      "draw_element_mask(Tensor state, Tensor like, float keep_probability, bool flat) "
-      "-> (Tensor bits, Tensor next_state)");
+  namespace schemas = fastlayers::schemas;
+  m.def(schemas::batch_norm_act_fwd);
+  m.def(schemas::batch_norm_act_bwd);
+  m.def(schemas::dropout);
+  m.def(schemas::pack_mask);
+  m.def(schemas::unpack_mask);
+  m.def(schemas::element_mask);
+  m.def(schemas::draw_channel_mask);
+  m.def(schemas::draw_element_mask);
   m.def("cpu_capability() -> str");
   m.def("set_cpu_capability(str name) -> ()");
   m.def("set_last_level_cache_bytes(int bytes) -> int");
