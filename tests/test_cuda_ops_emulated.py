@@ -69,7 +69,7 @@ def test_element_dropout_emulated(act: str, layout: str, with_residual: bool) ->
     sources = [t for t in (x, weight, bias, residual) if t is not None]
     seed = torch.tensor([0x1234_5678_9ABC_DEF])
     mask = torch.ops.fastlayers_emulated.element_mask(seed, x, masks.scale(0.3))
-    assert torch.equal(mask, reference.element_mask(seed, x, 0.3))
+    assert torch.equal(mask, reference.element_mask(seed, x, masks.scale(0.3)))
     options: dict[str, Any] = {
         "training": True, "momentum": 0.1, "eps": 1e-5, "activation": resolve(act), "drop_p": 0.3,
     }  # fmt: skip

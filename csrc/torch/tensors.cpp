@@ -211,7 +211,7 @@ Tensor dense(const Tensor& t) {
 }
 
 Output::Output(const Walk& walk, Tensor result) : result_(result), copied_(false) {
-  if (auto view = view_as(walk, result)) {
+  if (auto view = view_as(walk, result); view && (!walk.in_order || is_in_order(walk.shape, result))) {
     view_ = *view;
     return;
   }

@@ -52,9 +52,10 @@ struct Walk {
   Shape shape;
   std::int64_t rows_at_once = 1;  // so many rows have no gaps between them
   bool planes_adjacent = false;   // nor have the planes of a sample
+  bool in_order = false;          // results hold nothing but planes or rows, the samples in order
 
-  Walk(const Shape& s) : shape(s) {}  // the CUDA kernels, which take any strides
-  Walk(const Geometry& g);            // the CPU kernels
+  Walk(const Shape& s) : shape(s), in_order(true) {}  // the CUDA kernels, which take any strides of what they read
+  Walk(const Geometry& g);                            // the CPU kernels
 };
 
 // The layout of torch.empty_like(t): rows where channels end up adjacent, planes otherwise. fastlayers/ops.py has the

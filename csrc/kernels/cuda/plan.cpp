@@ -191,8 +191,9 @@ class Rows {
     set_tile(plan, kWideTile);
     const std::int64_t wanted = ceil_div(std::int64_t{device_.processors} * kBlocksPerProcessor, plan.tiles);
     plan.splits = static_cast<int>(std::clamp<std::int64_t>(wanted, 1, row_tiles(plan)));
+    if (path == Path::rows_pointwise) return plan;
     plan.shared_bytes = rows_shared_bytes(static_cast<unsigned>(plan.threads));
-    if (path == Path::rows_split) plan.workspace_bytes = workspace_bytes(plan);
+    plan.workspace_bytes = workspace_bytes(plan);
     return plan;
   }
 

@@ -92,12 +92,19 @@ LaunchShape planes_launch(const Args& args, const Plan& plan) {
   return shape;
 }
 
+// Of the kernels that sum.
 LaunchShape rows_launch(const Plan& plan) {
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(plan.tiles) * static_cast<unsigned>(plan.splits));
   shape.block = dim3(static_cast<unsigned>(plan.threads));
   shape.shared_bytes = plan.shared_bytes;
   shape.cooperative = plan.path == Path::rows_on_chip && plan.splits > 1;
+  return shape;
+}
+
+// Of those that write results and keep nothing.
+LaunchShape apply_launch(LaunchShape shape) {
+  shape.shared_bytes = 0;
   return shape;
 }
 
@@ -150,12 +157,12 @@ Error forward_rows(const ForwardArgs& args, const Plan& plan, Pair* partial, Str
   if (plan.path == Path::rows_one_block || plan.path == Path::rows_on_chip)
     return launch(rows_forward_on_chip<T, kRows, kWhich>, shape, stream, args, walk, partial, numbers);
   if (plan.path == Path::rows_pointwise)
-    return launch(rows_forward_apply<T, kRows, kWhich>, shape, stream, args, walk, nullptr);
+    return launch(rows_forward_apply<T, kRows, kWhich>, apply_launch(shape), stream, args, walk, nullptr);
   if (const Error error = launch(rows_forward_sums<T, kRows>, shape, stream, args, walk, partial)) return error;
   if (const Error error = launch(rows_finish<T, ForwardArgs, ChannelAffine<S>>, finish_launch(args.shape), stream, args,
                                  walk, partial, numbers))
     return error;
-  return launch(rows_forward_apply<T, kRows, kWhich>, shape, stream, args, walk, numbers);
+  return launch(rows_forward_apply<T, kRows, kWhich>, apply_launch(shape), stream, args, walk, numbers);
 }
 
 template <Activations kWhich>
@@ -167,13 +174,13 @@ Error backward_rows(const BackwardArgs& args, const Plan& plan, Pair* partial, S
   if (plan.path == Path::rows_one_block || plan.path == Path::rows_on_chip)
     return launch(rows_backward_on_chip<T, kRows, kWhich>, shape, stream, args, walk, partial, numbers);
   if (plan.path == Path::rows_pointwise)
-    return launch(rows_backward_apply<T, kRows, kWhich>, shape, stream, args, walk, nullptr);
+    return launch(rows_backward_apply<T, kRows, kWhich>, apply_launch(shape), stream, args, walk, nullptr);
   if (const Error error = launch(rows_backward_sums<T, kRows, kWhich>, shape, stream, args, walk, partial))
     return error;
   if (const Error error = launch(rows_finish<T, BackwardArgs, Gradient<S>>, finish_launch(args.shape), stream, args,
                                  walk, partial, numbers))
     return error;
-  return launch(rows_backward_apply<T, kRows, kWhich>, shape, stream, args, walk, numbers);
+  return launch(rows_backward_apply<T, kRows, kWhich>, apply_launch(shape), stream, args, walk, numbers);
 }
 
 }  // namespace
