@@ -83,6 +83,14 @@ class TestGrid:
         assert set(cases.grid("quick")) < set(cases.grid())
         assert len(cases.grid("quick")) < 20
 
+    def test_gpu_grid_has_what_the_targets_are_about(self) -> None:
+        grid = cases.grid("gpu")
+        assert len({case.name for case in grid}) == len(grid) == 16
+        for layout, dtype in itertools.product(cases.LAYOUTS, cases.DTYPES):
+            sizes = [case.nbytes for case in grid if (case.layout, case.variant.dtype) == (layout, dtype)]
+            assert sum(size >= 200e6 for size in sizes) >= 2
+            assert any(100e3 <= size <= 40e6 for size in sizes)
+
     def test_names(self) -> None:
         assert Case((128, 64, 32, 32), "channels_last").name == "128x64x32x32-channels_last-float32-p0.5-relu"
         assert Case((100, 1024)).name == "100x1024-float32-p0.5-relu"
