@@ -25,10 +25,10 @@ else()
   if(FASTLAYERS_NVCC AND NOT DEFINED ENV{CUDACXX})
     set(ENV{CUDACXX} "${FASTLAYERS_NVCC}")  # where CMake looks for it
   endif()
-  if(NOT DEFINED ENV{CUDACXX} OR "$ENV{CUDACXX}" STREQUAL "${FASTLAYERS_NVCC}")
+  if(DEFINED ENV{CUDACXX})
     # The packages of PyPI have their libraries in lib; nvcc looks in lib64.
-    cmake_path(GET FASTLAYERS_NVCC PARENT_PATH cuda_bin)
-    cmake_path(GET cuda_bin PARENT_PATH cuda_root)
+    get_filename_component(cuda_bin "$ENV{CUDACXX}" DIRECTORY)
+    get_filename_component(cuda_root "${cuda_bin}" DIRECTORY)
     if(EXISTS "${cuda_root}/lib/libcudart_static.a")
       set(FASTLAYERS_CUDA_LIBRARIES "${cuda_root}/lib")
       set(ENV{LIBRARY_PATH} "${FASTLAYERS_CUDA_LIBRARIES}:$ENV{LIBRARY_PATH}")  # for CMake's own checks
