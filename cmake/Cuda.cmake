@@ -74,6 +74,9 @@ if(FASTLAYERS_HAVE_CUDA)
     --expt-relaxed-constexpr  # constexpr functions of the standard library in kernels
     # A kernel whose registers or arrays end up in memory is slow without a word; so it does not compile.
     -Xptxas --warn-on-spills,--warn-on-local-memory-usage,--warning-as-error)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+    list(APPEND FASTLAYERS_CUDA_FLAGS --compress-mode=size)
+  endif()
   fastlayers_cuda_archs(FASTLAYERS_CUDA_ARCHS "${FASTLAYERS_CUDA_ARCH_LIST}" ${CMAKE_CUDA_COMPILER_VERSION})
   fastlayers_add_cuda_kernels(fastlayers_cuda "${FASTLAYERS_CUDA_ARCHS}")
 elseif(FASTLAYERS_CUDA STREQUAL 1)
