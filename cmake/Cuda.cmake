@@ -25,10 +25,10 @@ else()
   if(FASTLAYERS_NVCC AND NOT DEFINED ENV{CUDACXX})
     set(ENV{CUDACXX} "${FASTLAYERS_NVCC}")  # where CMake looks for it
   endif()
-  if(NOT DEFINED ENV{CUDACXX} OR "$ENV{CUDACXX}" STREQUAL "${FASTLAYERS_NVCC}")
+  if(DEFINED ENV{CUDACXX})
     # The packages of PyPI have their libraries in lib; nvcc looks in lib64.
-    cmake_path(GET FASTLAYERS_NVCC PARENT_PATH cuda_bin)
-    cmake_path(GET cuda_bin PARENT_PATH cuda_root)
+    get_filename_component(cuda_bin "$ENV{CUDACXX}" DIRECTORY)
+    get_filename_component(cuda_root "${cuda_bin}" DIRECTORY)
     if(EXISTS "${cuda_root}/lib/libcudart_static.a")
       set(FASTLAYERS_CUDA_LIBRARIES "${cuda_root}/lib")
       set(ENV{LIBRARY_PATH} "${FASTLAYERS_CUDA_LIBRARIES}:$ENV{LIBRARY_PATH}")  # for CMake's own checks
@@ -74,6 +74,9 @@ if(FASTLAYERS_HAVE_CUDA)
     --expt-relaxed-constexpr  # constexpr functions of the standard library in kernels
     # A kernel whose registers or arrays end up in memory is slow without a word; so it does not compile.
     -Xptxas --warn-on-spills,--warn-on-local-memory-usage,--warning-as-error)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+    list(APPEND FASTLAYERS_CUDA_FLAGS --compress-mode=size)
+  endif()
   fastlayers_cuda_archs(FASTLAYERS_CUDA_ARCHS "${FASTLAYERS_CUDA_ARCH_LIST}" ${CMAKE_CUDA_COMPILER_VERSION})
   fastlayers_add_cuda_kernels(fastlayers_cuda "${FASTLAYERS_CUDA_ARCHS}")
 elseif(FASTLAYERS_CUDA STREQUAL 1)

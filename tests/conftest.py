@@ -21,7 +21,9 @@ CAPABILITIES = ("avx512", "avx2", "baseline")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device of the tests that take one: cpu (default) or cuda")
     parser.addoption(
-        "--sanitizer", choices=("address", "thread"), help="emulate CUDA kernels compiled with it (see .ci/sanitize)"
+        "--sanitizer",
+        choices=("address", "thread"),
+        help="of .ci/sanitize, which has compiled the emulated CUDA kernels with it",
     )
 
 
@@ -87,10 +89,11 @@ def cpp() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def cuda_emulated(pytestconfig: pytest.Config) -> ModuleType:
-    """The CUDA kernels on the CPU, tests/cuda_emulation."""
+    """The CUDA kernels on the CPU, tests/cuda_emulation; with a sanitizer, as .ci/sanitize has built them."""
     sanitizer = pytestconfig.getoption("--sanitizer")
-    target = f"fastlayers_cuda_emulated_{sanitizer}" if sanitizer else "fastlayers_cuda_emulated"
-    return _compiled(target, "fastlayers_cuda_emulated", target)
+    if sanitizer is None:
+        return _compiled("fastlayers_cuda_emulated", "fastlayers_cuda_emulated", "fastlayers_cuda_emulated")
+    return _imported("fastlayers_cuda_emulated", cmake_call.BUILD_DIR / f"fastlayers_cuda_emulated_{sanitizer}")
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +121,10 @@ def _built(target: str) -> Path:
 
 def _compiled(target: str, module: str, subfolder: str) -> ModuleType:
     """A Python module that CMake builds as `target`, unless it is up to date, into a folder of the build folder."""
-    folder = _built(target) / subfolder
+    return _imported(module, _built(target) / subfolder)
+
+
+def _imported(module: str, folder: Path) -> ModuleType:
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(module)

@@ -12,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import ClassVar
 
+import click
 import cmake_call
 import pytest
 import torch
@@ -25,6 +26,7 @@ from fastlayers_benchmarks import (
     machine,
     memory,
     plots,
+    profiling,
     record,
     report,
     steps,
@@ -82,6 +84,14 @@ class TestGrid:
     def test_quick_grid_is_a_small_part(self) -> None:
         assert set(cases.grid("quick")) < set(cases.grid())
         assert len(cases.grid("quick")) < 20
+
+    def test_gpu_grid_has_what_the_targets_are_about(self) -> None:
+        grid = cases.grid("gpu")
+        assert len({case.name for case in grid}) == len(grid) == 16
+        for layout, dtype in itertools.product(cases.LAYOUTS, cases.DTYPES):
+            sizes = [case.nbytes for case in grid if (case.layout, case.variant.dtype) == (layout, dtype)]
+            assert sum(size >= 200e6 for size in sizes) >= 2
+            assert any(100e3 <= size <= 40e6 for size in sizes)
 
     def test_names(self) -> None:
         assert Case((128, 64, 32, 32), "channels_last").name == "128x64x32x32-channels_last-float32-p0.5-relu"
@@ -463,6 +473,25 @@ class TestRecord:
         assert 1.99 < found["q20"] < 2 < found["q80"] < 2.01
         assert found["outliers"] == 0
 
+    def test_records_of_one_machine_make_one(self) -> None:
+        other = make_row(Case((100, 1024)))
+        parts = [make_record([make_row()], options={"only": "a"}), make_record([other], options={"only": "b"})]
+        assert record.merged(parts) == dataclasses.replace(
+            make_record([make_row(), other], options={"only": "a; b"}), date=parts[0].date
+        )
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"machine": {"cpu": "another"}},
+            {"versions": {"torch": "2.14"}},
+            {"settings": [Setting("cuda", 2, "default", "fastlayers-cuda", [])]},
+        ],
+    )
+    def test_records_of_several_machines_do_not(self, change: dict[str, object]) -> None:
+        with pytest.raises(record.RecordError, match="make no page together"):
+            record.merged([make_record([make_row()]), make_record([make_row()], **change)])
+
     @pytest.mark.parametrize("content", ["no json", "[]", "{}", '{"format": 0}', '{"format": 1}'])
     def test_other_files_are_refused(self, tmp_path: Path, content: str) -> None:
         path = tmp_path / "other.json"
@@ -685,6 +714,16 @@ class TestCommand:
         monkeypatch.setenv(machine.ALLOCATOR_VARIABLE, "glibc.malloc.check=1")
         assert machine.current_allocator() is None
 
+    def test_earlier_records_are_reported_together(self, tmp_path: Path) -> None:
+        paths = [tmp_path / "a.json", tmp_path / "b.json"]
+        for path, case in zip(paths, (CASE, Case((100, 1024))), strict=True):
+            make_record([make_row(case)], options={"only": case.name}).save(path)
+        result = invoke("--load", paths[0], "--load", paths[1], "--markdown", tmp_path / "page.md")
+        assert result.exit_code == 0, result.output
+        page = (tmp_path / "page.md").read_text()
+        assert "2x16x8x8" in page
+        assert "100x1024" in page
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -719,6 +758,17 @@ class TestCommand:
         result = invoke("--quick")
         assert result.exit_code == 1
         assert 'What this command needs: pip install -e ".[bench]"' in result.output
+
+
+class TestProfiling:
+    def test_takes_the_case_that_is_furthest_from_a_copy(self) -> None:
+        slow, fast = cases.grid("gpu")[:2]
+        rows = [make_row(fast, fused=1.0), make_row(slow, fused=3.0), make_row(CASE, fused=1e6)]
+        assert profiling.slowest([make_record(rows[:1]), make_record(rows[1:])]) == slow
+
+    def test_needs_one(self) -> None:
+        with pytest.raises(click.ClickException, match="none of the records has a case of the grid --gpu"):
+            profiling.slowest([make_record([make_row(Case((9, 9, 9, 9)))])])
 
 
 def test_pytest_benchmarks_runs_the_same_cases() -> None:

@@ -94,7 +94,7 @@ class TestSharedMemory:
     @pytest.mark.sanitizers_see_it
     def test_has_an_end(self, emulated: ModuleType) -> None:
         with pytest.raises(RuntimeError, match=r"block \(0, 0, 0\): wrote beyond its shared memory"):
-            run(emulated, "beyond_shared", 32, block=[1], shared_bytes=128)
+            run(emulated, "beyond_shared_memory", 32, shared_bytes=128)
 
 
 class TestBlocksTogether:

@@ -12,7 +12,7 @@ from torch import Tensor
 Phase = Literal["forward", "forward+backward", "eval"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
-Grid = Literal["quick", "default", "full"]
+Grid = Literal["quick", "default", "full", "gpu"]
 GRIDS: tuple[Grid, ...] = get_args(Grid)
 
 SHAPES = (
@@ -58,6 +58,13 @@ STAR = (
 )
 QUICK_VARIANTS = (BASE, Variant(drop_p=0.0))
 
+# Of the "gpu" grid. Tensors of 200 MB and more, which no cache holds, by dtype; and one that stays on chip.
+LARGE_SHAPES = {
+    "float32": ((64, 256, 56, 56), (128, 64, 112, 112)),
+    "bfloat16": ((128, 256, 56, 56), (128, 64, 112, 112)),
+}
+ON_CHIP_SHAPE = (128, 128, 16, 16)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -101,13 +108,35 @@ class Case:
 
 
 def grid(kind: Grid = "default") -> list[Case]:
-    """The cases of a grid: "quick" has a few small shapes, "default" six variants of each shape and layout."""
+    """The cases of a grid.
+
+    "quick" has a few small shapes, "default" six variants of each shape and layout, "full" the product of all choices,
+    and "gpu" sixteen: large tensors, some that stay on chip, and small ones, of which launches take most of the time.
+    """
+    if kind == "gpu":
+        return _gpu_grid()
     if kind == "quick":
         return _product(QUICK_SHAPES, QUICK_VARIANTS)
     if kind == "default":
         return _product(SHAPES, STAR)
     full = [Variant(*values) for values in itertools.product(DTYPES, DROP_PS, ACTS, (False, True))]
     return _product(SHAPES, tuple(full))
+
+
+def _gpu_grid() -> list[Case]:
+    sized = [
+        Case(shape, layout, Variant(dtype=dtype))
+        for layout in LAYOUTS
+        for dtype, shapes in LARGE_SHAPES.items()
+        for shape in (*shapes, ON_CHIP_SHAPE)
+    ]
+    others = [
+        Case((100, 1024)),
+        Case((2, 16, 8, 8)),
+        Case((128, 512, 4, 4), variant=Variant(dtype="bfloat16")),
+        Case((32, 256, 56, 56), "channels_last", Variant(dtype="bfloat16", drop_p=0.0, residual=True)),
+    ]
+    return sized + others
 
 
 def _product(shapes: tuple[tuple[int, ...], ...], variants: tuple[Variant, ...]) -> list[Case]:

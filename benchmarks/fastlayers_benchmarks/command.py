@@ -35,13 +35,14 @@ if TYPE_CHECKING:
     from fastlayers_benchmarks.steps import StepCase
 
 WIDTH = 120
-ROUNDS = {"quick": 5, "default": 15, "full": 15}
+ROUNDS = {"quick": 5, "default": 15, "full": 15, "gpu": 15}
 
 
 @click.command(short_help="Measure the layers against torch's, and compare with earlier results.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--quick", "grid", flag_value="quick", help="A few small shapes and few rounds: some two minutes.")
 @click.option("--full", "grid", flag_value="full", help="The product of all choices, which takes hours.")
+@click.option("--gpu", "grid", flag_value="gpu", help="Sixteen cases for a GPU, large tensors among them.")
 @click.option("--only", metavar="REGEX", default="", help="Cases whose name matches, such as 'channels_last.*p0.5'.")
 @click.option("--contender", "names", multiple=True, metavar="NAME", help="Only these, and eager. Repeatable.")
 @click.option("--phase", "phases", multiple=True, type=click.Choice(cases.PHASES), help="Only these. Repeatable.")
@@ -62,6 +63,13 @@ ROUNDS = {"quick": 5, "default": 15, "full": 15}
 @click.option("--markdown", type=click.Path(path_type=Path), help="File for the tables.")
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Folder for the pictures.")
 @click.option(
+    "--load",
+    "loaded",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Measure nothing: report this earlier record. Repeatable, for runs on one machine.",
+)
+@click.option(
     "--check",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="An earlier record of this machine. Exits with 1 where a ratio to eager fell by more than the noise.",
@@ -73,6 +81,7 @@ def bench(
     json_path: Path | None,
     markdown: Path | None,
     plots: Path | None,
+    loaded: tuple[Path, ...],
     check: Path | None,
     **options: Any,
 ) -> None:
@@ -95,7 +104,10 @@ def bench(
         chosen = _Options(**options)
         if earlier is not None:
             checking.ensure_comparable(earlier, describe_machine(chosen.device), chosen.empty_settings())
-        record = _measure(chosen, Console(stderr=True))
+        if loaded:
+            record = recording.merged([recording.load(path) for path in loaded])
+        else:
+            record = _measure(chosen, Console(stderr=True))
         # Saved first: it took the time.
         if json_path is not None:
             record.save(json_path)
@@ -198,7 +210,7 @@ class _Options:
 
     def as_arguments(self) -> list[str]:
         """The same options, but for the setting, for another process."""
-        switches = {"quick": ["--quick"], "full": ["--full"], "default": []}[self.grid]
+        switches = [] if self.grid == "default" else [f"--{self.grid}"]
         return [
             f"--device={self.device}",
             f"--rounds={self.rounds}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -97,6 +97,7 @@ class Contender:
         backend: the backend of this library that serves it.
         can: whether it computes what the case asks for.
         same_mask: whether it draws torch's mask, so that its result can be compared with the expected one.
+        graph: whether its call is captured once, and replayed as a CUDA graph.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Contender:
     backend: str = "auto"
     can: Callable[[Case], bool] = lambda case: True
     same_mask: bool = True
+    graph: bool = False
 
     def layer(self, case: Case, device: torch.device) -> nn.Module:
         """The layer on `device`."""
@@ -127,6 +129,10 @@ def contenders(device: torch.device) -> list[Contender]:
     if device.type == "cuda":
         # On CPU the mode tunes matrix products and convolutions only, of which these layers have none.
         found.append(Contender("compile-max-autotune", _compiled(eager_layer, mode="max-autotune"), same_mask=False))
+        replayed = (EAGER, COMPILE, fused_contender(device))
+        found += [
+            replace(c, name=f"{c.name}-graph", same_mask=False, graph=True) for c in list(found) if c.name in replayed
+        ]
     if importlib.util.find_spec("timm"):
         found.append(Contender("timm", _timm_layer, can=_timm_can))
     return found
@@ -137,6 +143,7 @@ def why_not(device: torch.device) -> dict[str, str]:
     reasons = {f"fastlayers-{name}": error for name in fl.backends.NAMES if (error := _error_of(name, device))}
     if device.type != "cuda":
         reasons["compile-max-autotune"] = "on CPU the mode tunes matrix products and convolutions only"
+        reasons |= dict.fromkeys(("eager-graph", "compile-graph", "fastlayers-cuda-graph"), "CUDA graphs need a GPU")
     if not importlib.util.find_spec("timm"):
         reasons["timm"] = "not installed"
     return reasons

@@ -14,7 +14,7 @@ from fastlayers_benchmarks.cases import Case, Inputs, Phase, make_inputs
 from fastlayers_benchmarks.contenders import EAGER, Contender
 from fastlayers_benchmarks.memory import peak_bytes
 from fastlayers_benchmarks.record import Outcome, Row
-from fastlayers_benchmarks.timing import Run, measure
+from fastlayers_benchmarks.timing import Run, captured, measure
 
 TRAINING: Phase = "forward+backward"  # the phase that memory for backward and accuracy are reported with
 
@@ -51,7 +51,9 @@ class Entrant:
             "forward+backward": forward_and_backward,
             "eval": evaluate,
         }
-        return Run(calls[phase], self._forget_gradients_of(tensors), self.contender.active)
+        forget = self._forget_gradients_of(tensors)
+        call = captured(calls[phase], forget) if self.contender.graph else calls[phase]
+        return Run(call, forget, self.contender.active)
 
     def _forget_gradients_of(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
         leaves = [*tensors, *self.layer.parameters()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,27 @@ def load(path: Path) -> Record:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordError(f"{path}: no record of fastlayers bench ({type(error).__name__}: {error})") from error
+
+
+def merged(records: Sequence[Record]) -> Record:
+    """One record of what several runs on one machine have measured, of the first one's date.
+
+    Raises:
+        RecordError: they are of different machines, versions or settings.
+    """
+    first = records[0]
+    keys = [setting.key for setting in first.settings]
+    for other in records[1:]:
+        if (other.machine, other.versions) != (first.machine, first.versions):
+            raise RecordError("records of different machines or versions make no page together")
+        if [setting.key for setting in other.settings] != keys:
+            raise RecordError("records of different devices, threads or allocators make no page together")
+    settings = [
+        dataclasses.replace(setting, rows=[row for record in records for row in record.settings[i].rows])
+        for i, setting in enumerate(first.settings)
+    ]
+    options = first.options | {"only": "; ".join(dict.fromkeys(record.options["only"] for record in records))}
+    return dataclasses.replace(first, options=options, settings=settings)
 
 
 def _setting(content: dict[str, Any]) -> Setting:

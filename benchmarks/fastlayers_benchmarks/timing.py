@@ -100,6 +100,31 @@ def _sample_on_cuda(run: Run, repeats: int) -> float:
     return float(begin.elapsed_time(end)) * 1e-3 / repeats
 
 
+def captured(call: Callable[[], object], reset: Callable[[], object]) -> Callable[[], object]:
+    """What `call` does on the GPU, as the replay of a CUDA graph that is captured at the first use.
+
+    `reset` is called between the calls that warm up, as torch asks for, and before the one that is captured.
+    """
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def replay() -> None:
+        nonlocal graph
+        if graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    call()
+                    reset()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+        graph.replay()
+
+    return replay
+
+
 def synchronized(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """`call`, returning only when `device` has done its work, for clocks that know nothing of devices."""
     if device.type != "cuda":

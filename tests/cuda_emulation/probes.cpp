@@ -66,10 +66,6 @@ __global__ void shared_at_start(int* data, int) {
   shared_ints()[threadIdx.x] = 0;
 }
 
-__global__ void beyond_shared(int* data, int size) {
-  shared_ints()[size] = data[0];
-}
-
 // Whoever is last leaves its number.
 __global__ void last_thread(int* data, int) {
   data[0] = static_cast<int>(threadIdx.x);
@@ -153,16 +149,19 @@ __global__ void throws(int*, int) {
   __syncthreads();
 }
 
-// What sanitizers are for. A tail that four threads in a row take for one too long, and loads of 16 bytes off their
-// grid.
+// What sanitizers are for: a tail that is one too long, memory behind the block's, 16 bytes that are not at a multiple.
 __global__ void tail_out_of_bounds(int* data, int size) {
   for (int i = thread_in_grid(); i <= size; i += static_cast<int>(gridDim.x * blockDim.x)) data[i] += 1;
 }
 __global__ void misaligned(int* data, int) {
   data[0] += static_cast<int>(__ldg(reinterpret_cast<const uint4*>(data + 1)).x);
 }
+__global__ void beyond_shared_memory(int* data, int) {
+  shared_ints()[threadIdx.x + 1] = data[threadIdx.x];
+}
 // Blocks write one place each, and read another block's.
 __global__ void race_between_blocks(int* data, int) {
+  if (threadIdx.x != 0) return;
   data[blockIdx.x] = 1;
   data[blockIdx.x + gridDim.x] = data[(blockIdx.x + 1) % gridDim.x];
 }
@@ -179,7 +178,6 @@ const std::vector<Probe>& probes() {
       PROBE(reverse_block),
       PROBE(reverse_block_without_barrier),
       PROBE(shared_at_start),
-      PROBE(beyond_shared),
       PROBE(last_thread),
       PROBE(last_block),
       PROBE(rotate_cluster),
@@ -197,6 +195,7 @@ const std::vector<Probe>& probes() {
       PROBE(vote_and_shuffle),
       PROBE(throws),
       PROBE(tail_out_of_bounds),
+      PROBE(beyond_shared_memory),
       PROBE(misaligned),
       PROBE(race_between_blocks),
   };
