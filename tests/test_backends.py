@@ -29,6 +29,10 @@ CASES = [
     Case((44001, 3), act="mish", residual="contiguous"),
     Case((260, 600), torch.bfloat16, drop_p=0.3),
     Case((8, 3, 129, 131), training=False, act="tanh"),
+    # A MiB and more, where memory is fetched ahead: blocks of small planes that are walked twice, of wide rows; planes.
+    Case((70, 200, 5, 4), act="relu", residual="contiguous", drop_p=0.3),
+    Case((64, 1100, 2, 2), layout="channels_last", act="relu", drop_p=0.3),
+    Case((16, 130, 12, 12), act="relu", residual="contiguous", drop_p=0.3),
 ]
 
 

@@ -44,14 +44,22 @@ struct BackwardRun {
 };
 
 // Whether writing `x` should bypass the caches: they do not hold it beside what it is computed from, and all its
-// vectors are aligned, where what is written begins at multiples of `part` elements of a run or sample.
+// vectors are aligned, where what is written begins at multiples of `part` elements of a run or sample. No objection
+// from what is not written (null).
 template <class T>
 bool worth_streaming(const Geometry& g, const Target& x, std::int64_t part) {
   constexpr std::int64_t size = sizeof(T);
   const auto aligned = [](std::int64_t bytes) { return bytes % static_cast<std::int64_t>(kVectorBytes<T>) == 0; };
-  return x.data && 2 * g.numel() * size >= last_level_cache_bytes() &&
+  return 2 * g.numel() * size >= last_level_cache_bytes() &&
          aligned(static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(x.data))) && aligned(x.outer * size) &&
          aligned(part * size);
+}
+
+// Whether memory is worth fetching ahead: not for tensors so small that they may be in cache.
+template <class T>
+bool worth_prefetching(const Geometry& g) {
+  constexpr std::int64_t kSmall = 1 << 20;
+  return g.numel() * static_cast<std::int64_t>(sizeof(T)) >= kSmall;
 }
 
 template <class T, class Act>

@@ -364,7 +364,10 @@ class PlanesBackward {
       : args_(args),
         split_(args.geometry),
         fused_{activation, splat<V>(args.keep.scale),
-               worth_streaming<T>(args.geometry, args.grad_input, args.grad_input.inner)} {}
+               worth_streaming<T>(args.geometry, args.grad_input, args.grad_input.inner) &&
+                   worth_streaming<T>(args.geometry, args.grad_residual, args.grad_residual.inner)},
+        prefetching_(worth_prefetching<T>(args.geometry) &&
+                     args.geometry.spatial * static_cast<std::int64_t>(sizeof(T)) <= kLongPlane) {}
 
   void run() const {
     if (!needs_sums(args_)) {
@@ -443,9 +446,15 @@ class PlanesBackward {
                      Together<kCount>, ChannelSums& s) const {
     V grad[kCount], grad_deviation[kCount];  // in registers, where members are not
     for (int u = 0; u < kCount; ++u) grad[u] = s.grad[u], grad_deviation[u] = s.grad_deviation[u];
+    const std::int64_t next_input = kCount * args_.input.outer, next_grad = kCount * args_.grad_output.outer;
+    const bool prefetching = prefetching_;
     for_each_vector(end - begin, [&](std::int64_t j, auto lanes) {
       const std::int64_t i = begin + j;
       for (int u = 0; u < kCount; ++u) {
+        if (prefetching) {
+          prefetch(runs[u].input + i + next_input);
+          prefetch(runs[u].grad_output + i + next_grad);
+        }
         const V x = load(runs[u].input + i, lanes);
         const V g =
             covered<S>(fused_.backward(runs[u], i, x, s.affine, masks[u].template kept<S>(i, lanes), lanes), lanes);
@@ -467,7 +476,10 @@ class PlanesBackward {
       const BackwardRun<T> run = run_at(p, c, masks);
       T* grad_input = piece_start<T>(args_.grad_input, p, c);
       T* grad_residual = piece_start<T>(args_.grad_residual, p, c);
+      // Dropped planes were not read for the sums: the next one may be one of them.
+      const std::int64_t next = prefetching_ && args_.keep.planes ? args_.input.outer : 0;
       for_each_vector(p.length, [&](std::int64_t i, auto lanes) {
+        if (next) prefetch(run.input + i - next);
         const V x = load(run.input + i, lanes);
         // A dropped plane's gradient is zero, so its grad_output is never read.
         const V g = masks.dropped ? V{} : fused_.backward(run, i, x, k, masks.kept<S>(i, lanes), lanes);
@@ -480,9 +492,13 @@ class PlanesBackward {
     });
   }
 
+  // Bytes from which on the processor itself fetches enough of a plane ahead.
+  static constexpr std::int64_t kLongPlane = 8 * 1024;
+
   const BackwardArgs& args_;
   PlaneSplit split_;
   FusedElements<T, Act> fused_;
+  bool prefetching_;
 };
 
 template <class T>

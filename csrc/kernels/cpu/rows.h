@@ -3,9 +3,9 @@
 // A run is a row here, its elements are the columns, and each column belongs to a channel. A tile of rows is swept row
 // by row with the sums of all its columns beside it in the first-level cache; then the sums of each channel's columns
 // are put together. Large tensors are cut into tiles of rows, whose sums are merged between two parallel loops; the
-// second loop walks back, starting with what is still in cache. Small ones are cut by channels only, so that a thread
-// finishes its channels alone and in cache. The cut depends on the shape alone, so the result does not depend on the
-// number of threads.
+// second loop walks back, starting with what is still in cache. Small ones, and contiguous ones with few samples, are
+// cut by channels only, so that a thread finishes its channels alone and in cache. The cut depends on the shape alone,
+// so the result does not depend on the number of threads.
 #pragma once
 
 #include "planes.h"
@@ -28,7 +28,8 @@ class RowSplit {
  public:
   std::int64_t tiles, blocks;
 
-  explicit RowSplit(const Geometry& g)
+  // `twice`: a walk for sums, then one back.
+  RowSplit(const Geometry& g, bool twice)
       : rows_(g.runs()),
         channels_(g.channels),
         positions_(g.positions_per_run()),
@@ -41,7 +42,9 @@ class RowSplit {
     channels_each_ = whole_row_ ? channels_ : kBlockColumns / (granule * positions_) * granule;
     channels_each_ = smaller(channels_each_, channels_);
     tiles = smaller(rows_ * channels_each_ * positions_ / kElementsPerTile, kMostTiles);
-    if (tiles <= 1) {
+    if (twice && !g.rows && positions_ > 1 && fits_in_blocks()) {
+      tiles = 1;
+    } else if (tiles <= 1) {
       tiles = 1;
       // Nothing to merge: narrow blocks give every thread something to do.
       while (channels_each_ > granule && channels_each_ * positions_ > kNarrowest &&
@@ -56,7 +59,8 @@ class RowSplit {
   std::int64_t tasks() const { return tiles * blocks; }
   // The column at which the second block starts, if there are several.
   std::int64_t part() const { return blocks > 1 ? channels_each_ * positions_ : 0; }
-  std::int64_t elements_each() const { return rows_each_ * channels_each_ * positions_; }
+  std::int64_t columns_each() const { return channels_each_ * positions_; }
+  std::int64_t elements_each() const { return rows_each_ * columns_each(); }
 
   Tile tile(std::int64_t task) const {
     const std::int64_t begin = task / blocks * rows_each_, channel = task % blocks * channels_each_;
@@ -65,6 +69,19 @@ class RowSplit {
   }
 
  private:
+  // Makes blocks so narrow that what a thread walks twice stays in the second-level cache, and that there are several
+  // for each thread; or returns false.
+  bool fits_in_blocks() {
+    constexpr std::int64_t kInCache = 192 * 1024, kBlocks = 16, kFewestBlocks = 8, kGranule = 8, kNarrowest = 256;
+    std::int64_t each = channels_each_;
+    const auto elements = [&] { return rows_ * each * positions_; };
+    while ((elements() > kInCache || kBlocks * each > channels_) && each > kGranule && each * positions_ > kNarrowest)
+      each = (each / 2 + kGranule - 1) / kGranule * kGranule;
+    if (elements() > kInCache || kFewestBlocks * each > channels_) return false;
+    channels_each_ = each;
+    return true;
+  }
+
   std::int64_t rows_, channels_, positions_;
   bool whole_row_;
   std::int64_t channels_each_ = 0, rows_each_ = 0;
@@ -79,6 +96,11 @@ struct alignas(64) ColumnArray {
   FL_INLINE void set(std::int64_t i, Vec<E> v) { detail::store_unaligned<E>(values + i, v); }
   FL_INLINE void clear(std::int64_t i) { set(i, Vec<E>{}); }
 };
+
+// Clears the first `width` columns of each.
+FL_INLINE void clear_columns(std::int64_t width, auto&... arrays) {
+  for (std::int64_t i = 0; i < width; i += kLanes) (arrays.clear(i), ...);
+}
 
 // Which columns of a tile belong to which channel.
 struct Columns {
@@ -209,13 +231,7 @@ struct TileMoments {
   ColumnArray<double> origin, mean, squares;
   std::int64_t width;
 
-  explicit TileMoments(const Tile& t) : width(t.columns) {
-    for (std::int64_t i = 0; i < width; i += kLanes) {
-      origin.clear(i);
-      mean.clear(i);
-      squares.clear(i);
-    }
-  }
+  explicit TileMoments(const Tile& t) : width(t.columns) { clear_columns(width, origin, mean, squares); }
 
   // Those of channel c, from its columns, which all have the same count.
   Moments of_channel(const Columns& columns, const Tile& t, std::int64_t c) const {
@@ -368,6 +384,24 @@ inline Walk walk_inside_rows(const RowSplit& split) {
   return split.blocks == 1 ? Walk::reverse : Walk::forward;
 }
 
+// How many rows ahead of its place a walk has memory fetched, 0 where the processor does so by itself: it follows
+// narrow rows, which lie one after the other, but loses track where a page or a part of a wide row ends.
+struct Prefetching {
+  std::int64_t sums = 0;                  // of what is summed
+  std::int64_t reading = 0, writing = 0;  // of what the walk back reads and writes
+
+  template <class T>
+  static Prefetching of(const Geometry& g, const RowSplit& split, bool streaming) {
+    constexpr std::int64_t kNarrow = 128, kElementsAhead = 4096;
+    const std::int64_t columns = split.columns_each();
+    if (!worth_prefetching<T>(g) || columns < kNarrow) return {};
+    const std::int64_t rows = kElementsAhead / columns;
+    if (split.blocks == 1) return {rows};
+    // With one tile, the walk back finds its input in cache.
+    return {rows, split.tiles > 1 ? rows / 2 : 0, streaming ? 0 : rows / 2};
+  }
+};
+
 template <class T, class Act>
 class RowsForward {
   using S = Compute<T>;
@@ -375,10 +409,11 @@ class RowsForward {
  public:
   RowsForward(const ForwardArgs& args, Act activation)
       : args_(args),
-        split_(args.geometry),
+        split_(args.geometry, args.training),
         columns_(args.geometry),
         fused_{activation, splat<Vec<S>>(args.keep.scale),
-               worth_streaming<T>(args.geometry, args.output, split_.part())} {}
+               worth_streaming<T>(args.geometry, args.output, split_.part())},
+        ahead_(Prefetching::of<T>(args.geometry, split_, fused_.streaming)) {}
 
   void run() const {
     if (!args_.training) {
@@ -416,11 +451,15 @@ class RowsForward {
     const RowAffine<T> k(args_, t);
     TileMasks<1> masks(args_.geometry, args_.keep, t);
     const Walk inside = walk_inside_rows(split_);
+    const std::int64_t write_ahead = ahead_.writing * args_.output.outer,
+                       read_ahead = ahead_.reading * args_.input.outer;
     for (std::int64_t row = t.end - 1; row >= t.begin; --row) {
       const RowMasks m = masks.at(row);
       const ForwardRun<T> run{row_start<T>(args_.input, row, t), row_start<T>(args_.residual, row, t),
                               row_start<T>(args_.output, row, t), advance(args_.flat_bits, m.bits)};
       for_each_vector(t.columns, inside, [&](std::int64_t i, auto lanes) {
+        if (write_ahead) prefetch_for_writing(run.output + i - write_ahead);
+        if (read_ahead) prefetch(run.input + i - read_ahead);
         fused_.forward(run, i, k.at(i), m.template kept<S>(i, lanes), lanes);
       });
     }
@@ -430,6 +469,7 @@ class RowsForward {
   RowSplit split_;
   Columns columns_;
   FusedElements<T, Act> fused_;
+  Prefetching ahead_;
 };
 
 // Both sums of each column of a tile, carried over from S to double as they grow.
@@ -441,12 +481,7 @@ struct TileGradientSums {
   std::int64_t width;
 
   explicit TileGradientSums(const Tile& t) : width(t.columns) {
-    for (std::int64_t i = 0; i < width; i += kLanes) {
-      grad.clear(i);
-      grad_deviation.clear(i);
-      total_grad.clear(i);
-      total_grad_deviation.clear(i);
-    }
+    clear_columns(width, grad, grad_deviation, total_grad, total_grad_deviation);
   }
 
   void carry() {
@@ -472,10 +507,12 @@ class RowsBackward {
  public:
   RowsBackward(const BackwardArgs& args, Act activation)
       : args_(args),
-        split_(args.geometry),
+        split_(args.geometry, needs_sums(args)),
         columns_(args.geometry),
         fused_{activation, splat<V>(args.keep.scale),
-               worth_streaming<T>(args.geometry, args.grad_input, split_.part())} {}
+               worth_streaming<T>(args.geometry, args.grad_input, split_.part()) &&
+                   worth_streaming<T>(args.geometry, args.grad_residual, split_.part())},
+        ahead_(Prefetching::of<T>(args.geometry, split_, fused_.streaming)) {}
 
   void run() const {
     const std::int64_t channels = args_.geometry.channels;
@@ -543,6 +580,7 @@ class RowsBackward {
       masks[r] = tile_masks.at(row + r, r);
       runs[r] = run_at(row + r, t, masks[r]);
     }
+    const std::int64_t ahead = ahead_.sums;
     for_each_vector(t.columns, [&](std::int64_t i, auto lanes) {
       const Affine<V> affine = k.at(i);
       V grad = s.grad.at(i), grad_deviation = s.grad_deviation.at(i);
@@ -550,6 +588,10 @@ class RowsBackward {
 #pragma GCC unroll 1
       for (int r = 0; r < rows; ++r) {
         const V x = load(runs[r].input + i, lanes);
+        if (ahead) {
+          prefetch(runs[r].input + i + ahead * args_.input.outer);
+          prefetch(runs[r].grad_output + i + ahead * args_.grad_output.outer);
+        }
         const V g =
             covered<S>(fused_.backward(runs[r], i, x, affine, masks[r].template kept<S>(i, lanes), lanes), lanes);
         grad += g;
@@ -571,6 +613,9 @@ class RowsBackward {
     }
     TileMasks<1> masks(args_.geometry, args_.keep, t);
     const Walk inside = walk_inside_rows(split_);
+    const std::int64_t write_ahead = ahead_.writing * args_.grad_input.outer;
+    const std::int64_t read_ahead = ahead_.reading * args_.input.outer;
+    const std::int64_t read_grad_ahead = ahead_.reading * args_.grad_output.outer;
     for (std::int64_t row = t.end - 1; row >= t.begin; --row) {
       const RowMasks m = masks.at(row);
       const BackwardRun<T> run = run_at(row, t, m);
@@ -579,6 +624,11 @@ class RowsBackward {
       for_each_vector(t.columns, inside, [&](std::int64_t i, auto lanes) {
         const Affine<V> affine = k.at(i);
         const V x = load(run.input + i, lanes);
+        if (write_ahead) prefetch_for_writing(grad_input + i - write_ahead);
+        if (read_ahead) {
+          prefetch(run.input + i - read_ahead);
+          prefetch(run.grad_output + i - read_grad_ahead);
+        }
         const V g = fused_.backward(run, i, x, affine, m.template kept<S>(i, lanes), lanes);
         if (grad_input) {
           const V gx = args_.training
@@ -595,12 +645,13 @@ class RowsBackward {
   RowSplit split_;
   Columns columns_;
   FusedElements<T, Act> fused_;
+  Prefetching ahead_;
 };
 
 template <class T>
 void dropout_rows(const DropoutArgs& args) {
   using S = Compute<T>;
-  const RowSplit split(args.geometry);
+  const RowSplit split(args.geometry, false);
   const Vec<S> scale = splat<Vec<S>>(args.keep.scale);
   each_tile(args, split, Walk::forward, [&](std::int64_t, const Tile& t) {
     TileMasks<1> masks(args.geometry, args.keep, t);

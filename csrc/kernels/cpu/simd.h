@@ -279,6 +279,14 @@ FL_INLINE void stream(T* p, Vec<Compute<T>> v, FirstLanes lanes) {
   store(p, v, lanes);
 }
 
+// Has the line of *p fetched into the second-level cache.
+FL_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+FL_INLINE void prefetch_for_writing(const void* p) {
+  __builtin_prefetch(p, 1, 2);
+}
+
 // Streaming stores of this thread are done before it goes on.
 FL_INLINE void finish_streaming() {
 #if defined(__SSE2__)
