@@ -34,6 +34,8 @@ GPUS = {
 #: Multiples of 16 bytes. A sanitizer sees what is next to a buffer, so there it has none.
 _GUARD_BYTES = 64
 _CANARY, _POISON = 0xA5, 0xFF
+#: What is spread over more memory than this is not copied, and has no canaries.
+_TOO_LARGE_TO_COPY = 2**30
 
 
 class Memory:
@@ -64,6 +66,8 @@ class Memory:
 
     def constant(self, t: Tensor) -> Tensor:
         """The same, for what only is read."""
+        if len(t.untyped_storage()) > _TOO_LARGE_TO_COPY:
+            return t
         copy = self.copy(t)
         whole = self._all[-1][0]
         self._all[-1] = (whole, whole.clone())

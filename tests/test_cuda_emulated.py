@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 from types import ModuleType
 from typing import Any
 
@@ -291,6 +292,35 @@ def test_parameters_and_statistics_with_gaps_emulated(
     on_gpu = with_options(emulation, gpu=gpu)
     expected, results = emulated.run(on_gpu, given), emulated.run(on_gpu, apart)
     for name, got in results.items():
+        assert torch.equal(got, expected[name]), name
+
+
+def far_apart(t: Tensor) -> Tensor:
+    """The same values, with more than 2^31 elements between samples; memory that nobody touches takes none."""
+    distance = 2**31 + 24
+    elements = (t.shape[0] - 1) * distance + t[0].numel()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    flat = torch.frombuffer(mmap.mmap(-1, elements * t.element_size(), flags=flags), dtype=t.dtype)
+    return flat.as_strided(t.shape, (distance, *t.stride()[1:])).copy_(t)
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": "contiguous", "act": "gelu", "drop_p": 0.3}], ids=str)
+@pytest.mark.parametrize("gpu", ["hopper", "turing", "least memory"])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 8), (2, 3, 5, 7), (2, 16), (2, 5)], ids=str)
+def test_strides_beyond_32_bits_emulated(
+    shape: tuple[int, ...], gpu: str, options: dict[str, Any], emulation: Emulation
+) -> None:
+    given = make_emulated_sample(Case(shape, dtype=bf16, **options))
+    sample = given.sample
+    far = dataclasses.replace(
+        sample,
+        input=far_apart(sample.input),
+        grad_output=far_apart(sample.grad_output),
+        residual=None if sample.residual is None else far_apart(sample.residual),
+    )
+    on_gpu = with_options(emulation, gpu=gpu)
+    expected = emulated.run(on_gpu, given)
+    for name, got in emulated.run(on_gpu, dataclasses.replace(given, sample=far)).items():
         assert torch.equal(got, expected[name]), name
 
 
