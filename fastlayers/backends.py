@@ -231,11 +231,12 @@ def _problem_of_triton(device: str, index: int | None) -> str | None:
     if device not in ("cpu", "cuda", "xpu"):
         return "it serves cuda and xpu only"
     try:
+        from fastlayers.triton import calls
         from fastlayers.triton import ops as triton_ops
     except ImportError as error:
         return f"Triton is not installed, or does not fit ({error})"
     _OP_SETS["triton"] = triton_ops
-    if device == "cpu" and not triton_ops.INTERPRETED:
+    if device == "cpu" and not calls.INTERPRETED:
         return "it serves CPU tensors only in its interpreter, with TRITON_INTERPRET=1 set from the start"
     if device == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(index)

@@ -65,7 +65,7 @@ def draw_for_kernels(input: Tensor, p: float, mode: str, training: bool, flat: b
     """
     if p == 0 or not training or input.numel() == 0:
         return None
-    if p < 1 and _runs_eagerly(input):
+    if p < 1 and input.is_cpu and runs_eagerly(input):
         with _drawing:
             return _draw_eagerly(input, 1 - p, mode, flat)
     mask = _bernoulli(input, p, mode)
@@ -90,11 +90,10 @@ def draw_for_gpu_kernels(input: Tensor, p: float, mode: str, training: bool) -> 
     return seed.zero_() if p == 1 else seed.random_()
 
 
-def _runs_eagerly(input: Tensor) -> bool:
-    """Whether a call on `input` computes values on the CPU now, with no tracer, transform or subclass in between."""
+def runs_eagerly(input: Tensor) -> bool:
+    """Whether a call on `input` computes values now, with no tracer, transform or subclass in between."""
     return (
         not is_compiling()
-        and input.is_cpu
         and type(input) in (Tensor, Parameter)
         and _len_torch_dispatch_stack() == 0
         and peek_interpreter_stack() is None

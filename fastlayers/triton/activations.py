@@ -1,7 +1,7 @@
 """The activations in Triton: value and gradient side by side, by the numbers of fastlayers/activations.py.
 
-``gradient(g, z)`` is ``g * act'(z)``; where torch selects instead of multiplying, so that 0 * NaN stays 0, so does this.
-Where the derivative takes only two values, it is ``gradient_if(g, flat(z))``, and one bit per element is all that
+``gradient(g, z)`` is ``g * act'(z)``; where torch selects instead of multiplying, so that 0 * NaN stays 0, so does
+this. Where the derivative takes only two values, it is ``gradient_if(g, flat(z))``, and one bit per element is all that
 backward needs. Comparisons are written so that a NaN comes out wherever torch lets it out. Nothing of libdevice beyond
 what `triton.language` offers: that runs on every GPU, and in the interpreter.
 """

@@ -16,6 +16,7 @@ from fastlayers.triton import activations
 from fastlayers.triton.forward import SIZES as FORWARD_SIZES
 from fastlayers.triton.tiles import (
     ALL,
+    accumulator,
     byte_places,
     centred,
     channels_of,
@@ -23,6 +24,7 @@ from fastlayers.triton.tiles import (
     load_channels,
     offsets,
     part_of,
+    split,
     sum_over_tile,
     whereabouts,
 )
@@ -83,15 +85,16 @@ def gradient_sums(
     n_outer, n_inner, channels, spatial, tiles_inner, tiles, tiles_per_part, bytes_inner,
     g_outer, g_channel, x_outer, x_channel, r_outer, r_channel, y_outer, y_channel,
     KEEP: tl.constexpr, ACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """Sums of g and g x^ over a part of a block of channels, to PARTIALS (2, parts, C) or, if that is all, to SUMS.
 
     In evaluation DX and DR are given and the gradients of full size go there.
     """
+    ACC: tl.constexpr = accumulator(DOUBLE)
     block, part = tl.program_id(0), tl.program_id(1)
     channel = channels_of(block, B1, ROWS)
-    mean = load_channels(MEAN, channel, channels, 0.0, tl.float64)
+    high, low = split(load_channels(MEAN, channel, channels, 0.0, tl.float64), ACC)
     invstd = load_channels(INVSTD, channel, channels, 0.0, ACC)
     weight = load_channels(WEIGHT, channel, channels, 1.0, ACC)
     bias = load_channels(BIAS, channel, channels, 0.0, ACC)
@@ -104,7 +107,7 @@ def gradient_sums(
             tiles_inner, KEEP, B0, B1, VEC, ROWS, WIDE,
         )  # fmt: skip
         at = offsets(outer, inner, block, x_outer, x_channel, VEC, ROWS, WIDE)
-        normalised = centred(tl.load(X + at, mask=needed, other=0).to(ACC), mean) * invstd[None, :]
+        normalised = centred(tl.load(X + at, mask=needed, other=0).to(ACC), high, low) * invstd[None, :]
         g = _gradient_of_tile(
             GRAD, g_outer, g_channel, RESIDUAL, r_outer, r_channel, BITS, bytes_inner,
             normalised, weight, bias, kept, needed, drop_scale,
@@ -145,9 +148,12 @@ def merge_sums(PARTIALS, SUMS, GRAD_WEIGHT, GRAD_BIAS, channels, parts, B0: tl.c
 
 
 @triton.jit
-def _input_gradient(g, normalised, sum_g, sum_gx, factor, count, ACC: tl.constexpr):
-    values = count.to(tl.float64)
-    mean_g, mean_gx = (sum_g / values).to(ACC), (sum_gx / values).to(ACC)
+def _mean(total, count, ACC: tl.constexpr):
+    return (total / count.to(tl.float64)).to(ACC)
+
+
+@triton.jit
+def _input_gradient(g, normalised, mean_g, mean_gx, factor):
     return (g - mean_g[None, :] - normalised * mean_gx[None, :]) * factor[None, :]
 
 
@@ -158,17 +164,21 @@ def input_gradient(
     n_outer, n_inner, channels, spatial, count, tiles_inner, tiles, tiles_per_part, bytes_inner,
     g_outer, g_channel, x_outer, x_channel, r_outer, r_channel, y_outer, y_channel,
     KEEP: tl.constexpr, ACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of full size in training, for one part of a block of channels. SUMS is None if DX is."""
+    ACC: tl.constexpr = accumulator(DOUBLE)
     # The opposite order of gradient_sums, which left its last tiles in the cache.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
     channel = channels_of(block, B1, ROWS)
-    mean = load_channels(MEAN, channel, channels, 0.0, tl.float64)
+    high, low = split(load_channels(MEAN, channel, channels, 0.0, tl.float64), ACC)
     invstd = load_channels(INVSTD, channel, channels, 0.0, ACC)
     weight = load_channels(WEIGHT, channel, channels, 1.0, ACC)
     bias = load_channels(BIAS, channel, channels, 0.0, ACC)
+    if DX is not None:
+        mean_g = _mean(load_channels(SUMS, channel, channels, 0.0, tl.float64), count, ACC)
+        mean_gx = _mean(load_channels(SUMS + channels, channel, channels, 0.0, tl.float64), count, ACC)
     first, last = part_of(part, tiles_per_part, tiles)
     for back in range(first, last):
         tile = first + last - 1 - back
@@ -177,7 +187,7 @@ def input_gradient(
             tiles_inner, KEEP, B0, B1, VEC, ROWS, WIDE,
         )  # fmt: skip
         at = offsets(outer, inner, block, x_outer, x_channel, VEC, ROWS, WIDE)
-        normalised = centred(tl.load(X + at, mask=valid, other=0).to(ACC), mean) * invstd[None, :]
+        normalised = centred(tl.load(X + at, mask=valid, other=0).to(ACC), high, low) * invstd[None, :]
         g = _gradient_of_tile(
             GRAD, g_outer, g_channel, RESIDUAL, r_outer, r_channel, BITS, bytes_inner,
             normalised, weight, bias, kept, needed, drop_scale,
@@ -186,9 +196,7 @@ def input_gradient(
         )  # fmt: skip
         _store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
         if DX is not None:
-            sum_g = load_channels(SUMS, channel, channels, 0.0, tl.float64)
-            sum_gx = load_channels(SUMS + channels, channel, channels, 0.0, tl.float64)
-            dx = _input_gradient(g, normalised, sum_g, sum_gx, weight * invstd, count, ACC)
+            dx = _input_gradient(g, normalised, mean_g, mean_gx, weight * invstd)
             _store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
 
 
@@ -199,25 +207,26 @@ def whole_backward(
     n_outer, n_inner, channels, spatial, count, bytes_inner,
     g_outer, g_channel, x_outer, x_channel, r_outer, r_channel, y_outer, y_channel,
     KEEP: tl.constexpr, ACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """All gradients in training in one launch, for a block of channels that is one tile."""
-    block = tl.program_id(0)
+    ACC: tl.constexpr = accumulator(DOUBLE)
+    block, tile = tl.program_id(0), tl.program_id(1)  # the only tile
     channel = channels_of(block, B1, ROWS)
-    mean = load_channels(MEAN, channel, channels, 0.0, tl.float64)
+    high, low = split(load_channels(MEAN, channel, channels, 0.0, tl.float64), ACC)
     invstd = load_channels(INVSTD, channel, channels, 0.0, ACC)
     weight = load_channels(WEIGHT, channel, channels, 1.0, ACC)
     bias = load_channels(BIAS, channel, channels, 0.0, ACC)
     outer, inner, valid, kept, needed = whereabouts(
-        MASK, drop_scale, last_kept, y_outer, y_channel, 0, block, n_outer, n_inner, channels, spatial,
+        MASK, drop_scale, last_kept, y_outer, y_channel, tile, block, n_outer, n_inner, channels, spatial,
         1, KEEP, B0, B1, VEC, ROWS, WIDE,
     )  # fmt: skip
     at = offsets(outer, inner, block, x_outer, x_channel, VEC, ROWS, WIDE)
-    normalised = centred(tl.load(X + at, mask=valid, other=0).to(ACC), mean) * invstd[None, :]
+    normalised = centred(tl.load(X + at, mask=valid, other=0).to(ACC), high, low) * invstd[None, :]
     g = _gradient_of_tile(
         GRAD, g_outer, g_channel, RESIDUAL, r_outer, r_channel, BITS, bytes_inner,
         normalised, weight, bias, kept, needed, drop_scale,
-        outer, inner, 0, block, n_outer, channels, 1,
+        outer, inner, tile, block, n_outer, channels, 1,
         KEEP, ACT, A, B, C, B0, B1, VEC, ROWS, WIDE, ACC,
     )  # fmt: skip
     sum_g = sum_over_tile(g, ROWS).to(tl.float64)
@@ -230,5 +239,6 @@ def whole_backward(
         tl.store(GRAD_WEIGHT + channel, sum_gx.to(GRAD_WEIGHT.dtype.element_ty), mask=there)
     _store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
     if DX is not None:
-        dx = _input_gradient(g, normalised, sum_g, sum_gx, weight * invstd, count, ACC)
+        mean_g, mean_gx = _mean(sum_g, count, ACC), _mean(sum_gx, count, ACC)
+        dx = _input_gradient(g, normalised, mean_g, mean_gx, weight * invstd)
         _store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastlayers.triton.forward import SIZES
-from fastlayers.triton.tiles import offsets, part_of, whereabouts
+from fastlayers.triton.tiles import accumulator, offsets, part_of, whereabouts
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -13,9 +13,10 @@ def drop(
     drop_scale: tl.float64, last_kept,
     n_outer, n_inner, channels, spatial, tiles_inner, tiles, tiles_per_part, x_outer, x_channel, y_outer, y_channel,
     KEEP: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """Zeros where dropout does not keep, X times the scale elsewhere; without X, whether it keeps."""
+    ACC: tl.constexpr = accumulator(DOUBLE)
     block, part = tl.program_id(0), tl.program_id(1)
     first, last = part_of(part, tiles_per_part, tiles)
     for tile in range(first, last):

@@ -14,6 +14,7 @@ import triton.language as tl
 from fastlayers.triton import activations
 from fastlayers.triton.tiles import (
     ALL,
+    accumulator,
     byte_places,
     centred,
     channels_of,
@@ -21,6 +22,7 @@ from fastlayers.triton.tiles import (
     offsets,
     part_of,
     places,
+    split,
     store_bits,
     whereabouts,
 )
@@ -75,7 +77,9 @@ def _finish(
         weight = momentum
     if RUNNING_MEAN is not None:
         old = tl.load(RUNNING_MEAN + channel, mask=there).to(tl.float64)
-        tl.store(RUNNING_MEAN + channel, (old * (1.0 - weight) + mean * weight).to(RUNNING_MEAN.dtype.element_ty), there)
+        tl.store(
+            RUNNING_MEAN + channel, (old * (1.0 - weight) + mean * weight).to(RUNNING_MEAN.dtype.element_ty), there
+        )
     if RUNNING_VAR is not None:
         old = tl.load(RUNNING_VAR + channel, mask=there).to(tl.float64)
         new = old * (1.0 - weight) + variance * (values / (values - 1.0)) * weight
@@ -91,9 +95,10 @@ def batch_statistics(
     eps: tl.float64, momentum: tl.float64,
     n_outer, n_inner, channels, tiles_inner, tiles, tiles_per_part, count, x_outer, x_channel,
     COUNT_BATCHES: tl.constexpr, CUMULATIVE: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """Moments of one part of a block of channels, to PARTIALS (3, parts, C); or, if that is all, the statistics."""
+    ACC: tl.constexpr = accumulator(DOUBLE)
     block, part = tl.program_id(0), tl.program_id(1)
     first, last = part_of(part, tiles_per_part, tiles)
     mean = tl.zeros((B0, B1), ACC)
@@ -158,13 +163,13 @@ def merge_statistics(
 @triton.jit
 def _finish_tile(
     x, RESIDUAL, r_outer, r_channel, Y, y_outer, y_channel, BITS, bytes_inner,
-    mean, scale, bias, kept, needed, valid, drop_scale,
+    high, low, scale, bias, kept, needed, valid, drop_scale,
     outer, inner, tile, block, n_outer, channels, tiles_inner,
     KEEP: tl.constexpr, ACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Normalises, adds, activates, drops and stores a tile that is loaded."""
-    z = centred(x, mean) * scale[None, :] + bias[None, :]
+    z = centred(x, high, low) * scale[None, :] + bias[None, :]
     if RESIDUAL is not None:
         at = offsets(outer, inner, block, r_outer, r_channel, VEC, ROWS, WIDE)
         z += tl.load(RESIDUAL + at, mask=needed, other=0).to(ACC)
@@ -191,12 +196,13 @@ def normalise(
     n_outer, n_inner, channels, spatial, tiles_inner, tiles, tiles_per_part, bytes_inner,
     x_outer, x_channel, r_outer, r_channel, y_outer, y_channel,
     KEEP: tl.constexpr, ACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """Everything after the statistics, for one part of a block of channels.
 
     The statistics are those in MEAN and INVSTD, or, in evaluation, the running ones, which are then stored there.
     """
+    ACC: tl.constexpr = accumulator(DOUBLE)
     # The opposite order of batch_statistics, which left its last tiles in the cache.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -210,6 +216,7 @@ def normalise(
     else:
         mean = load_channels(MEAN, channel, channels, 0.0, tl.float64)
         invstd = load_channels(INVSTD, channel, channels, 0.0, tl.float64)
+    high, low = split(mean, ACC)
     scale, bias = _scale_and_bias(WEIGHT, BIAS, invstd, channel, channels, ACC)
     first, last = part_of(part, tiles_per_part, tiles)
     for back in range(first, last):
@@ -222,7 +229,7 @@ def normalise(
         x = tl.load(X + at, mask=needed, other=0).to(ACC)
         _finish_tile(
             x, RESIDUAL, r_outer, r_channel, Y, y_outer, y_channel, BITS, bytes_inner,
-            mean, scale, bias, kept, needed, valid, drop_scale,
+            high, low, scale, bias, kept, needed, valid, drop_scale,
             outer, inner, tile, block, n_outer, channels, tiles_inner,
             KEEP, ACT, A, B, C, B0, B1, VEC, ROWS, WIDE, ACC,
         )  # fmt: skip
@@ -236,12 +243,13 @@ def whole_forward(
     x_outer, x_channel, r_outer, r_channel, y_outer, y_channel,
     COUNT_BATCHES: tl.constexpr, CUMULATIVE: tl.constexpr,
     KEEP: tl.constexpr, ACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """Training in one launch, for a block of channels that is one tile."""
-    block = tl.program_id(0)
+    ACC: tl.constexpr = accumulator(DOUBLE)
+    block, tile = tl.program_id(0), tl.program_id(1)  # the only tile
     outer, inner, valid, kept, needed = whereabouts(
-        MASK, drop_scale, last_kept, y_outer, y_channel, 0, block, n_outer, n_inner, channels, spatial,
+        MASK, drop_scale, last_kept, y_outer, y_channel, tile, block, n_outer, n_inner, channels, spatial,
         1, KEEP, B0, B1, VEC, ROWS, WIDE,
     )  # fmt: skip
     at = offsets(outer, inner, block, x_outer, x_channel, VEC, ROWS, WIDE)
@@ -252,10 +260,11 @@ def whole_forward(
         MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, BATCHES, mean, m2, channel, channels, count, eps, momentum,
         COUNT_BATCHES, CUMULATIVE,
     )  # fmt: skip
+    high, low = split(mean, ACC)
     scale, bias = _scale_and_bias(WEIGHT, BIAS, invstd, channel, channels, ACC)
     _finish_tile(
         x, RESIDUAL, r_outer, r_channel, Y, y_outer, y_channel, BITS, bytes_inner,
-        mean, scale, bias, kept, needed, valid, drop_scale,
-        outer, inner, 0, block, n_outer, channels, 1,
+        high, low, scale, bias, kept, needed, valid, drop_scale,
+        outer, inner, tile, block, n_outer, channels, 1,
         KEEP, ACT, A, B, C, B0, B1, VEC, ROWS, WIDE, ACC,
     )  # fmt: skip

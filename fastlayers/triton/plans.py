@@ -5,14 +5,13 @@ Plans depend on shapes, strides and dtypes only, and are kept: a second call fin
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 
-from fastlayers.triton.layouts import Layout, Strides, common_divisor, extent, is_rows, layout_of, strides_in
+from fastlayers.triton.layouts import Layout, Strides, common_divisor, extent, layout_of, strides_in
 
 # Elements of a tile and channels side by side in rows, by bytes per element. Four warps hold a tile of a pass over
 # memory, each thread 16 elements: two or four loads of 16 bytes. Rows are taken 256 bytes wide: two cache lines.
@@ -29,10 +28,11 @@ ELEMENTS_PER_THREAD = 16
 # Programs that a pass is to have at least, if there is work for them: some for each processor of a large GPU.
 PROGRAMS = 1024
 
+# Offsets from here on take 64 bits.
+WIDE_FROM = 2**31
+
 # Parts and channels that are merged at a time.
 MERGED = (32, 32)
-
-_ACCUMULATORS = {torch.float64: tl.float64}
 
 
 class Grid(NamedTuple):
@@ -41,6 +41,7 @@ class Grid(NamedTuple):
     Attributes:
         blocks: of channels, the first axis of the grid.
         parts: how many programs share a block's tiles, the second axis.
+        wide: whether offsets take 64 bits.
     """
 
     tile: tuple[int, int]
@@ -50,6 +51,7 @@ class Grid(NamedTuple):
     tiles_inner: int
     tiles: int
     tiles_per_part: int
+    wide: bool = False
 
 
 def _ceil(a: int, b: int) -> int:
@@ -95,14 +97,15 @@ def grid_of_whole(layout: Layout, itemsize: int) -> Grid | None:
     return Grid((outer, inner), _warps(outer * inner), _blocks(layout, (outer, inner)), 1, 1, 1, 1)
 
 
-class Frame(NamedTuple):
+@dataclass(frozen=True)
+class Frame:
     """A layout with the strides of the tensors that a kernel takes, ready to be passed on.
 
     Attributes:
         passes, whole, merge: grids of the kernels that go through a tensor tile by tile, that hold all of a channel,
             and that merge the results of parts.
         sizes: the sizes that kernels take, by name.
-        constants: VEC, ROWS, WIDE, ACC.
+        constants: VEC, ROWS, WIDE, DOUBLE.
     """
 
     layout: Layout
@@ -111,10 +114,14 @@ class Frame(NamedTuple):
     merge: Grid
     sizes: dict[str, int]
     constants: tuple[object, ...]
+    _picked: dict[tuple[str, ...], tuple[int, ...]] = field(default_factory=dict)
 
-    def pick(self, *names: str) -> tuple[int, ...]:
+    def pick(self, names: tuple[str, ...]) -> tuple[int, ...]:
         """The sizes of these names."""
-        return tuple(self.sizes[name] for name in names)
+        found = self._picked.get(names)
+        if found is None:
+            found = self._picked[names] = tuple(self.sizes[name] for name in names)
+        return found
 
 
 def frame_of(shape: Sequence[int], dtype: torch.dtype, rows: bool, tensors: dict[str, Sequence[int] | None]) -> Frame:
@@ -133,8 +140,9 @@ def frame_of(shape: Sequence[int], dtype: torch.dtype, rows: bool, tensors: dict
     numbers = [number for strides in found.values() for number in strides]
     # 16 bytes; and the four random words of a counter.
     unit = common_divisor([layout.n_inner, *numbers], max(16 // dtype.itemsize, 4))
-    wide = max(extent(shape, strides) for strides in tensors.values() if strides is not None) >= 2**31
-    grid = grid_of_passes(layout, dtype.itemsize)
+    wide = max(extent(shape, strides) for strides in tensors.values() if strides is not None) >= WIDE_FROM
+    grid = grid_of_passes(layout, dtype.itemsize)._replace(wide=wide)
+    whole = grid_of_whole(layout, dtype.itemsize)
     sizes = {
         "n_outer": layout.n_outer,
         "n_inner": layout.n_inner // unit,
@@ -149,6 +157,6 @@ def frame_of(shape: Sequence[int], dtype: torch.dtype, rows: bool, tensors: dict
     }
     for name, strides in found.items():
         sizes[f"{name}_outer"], sizes[f"{name}_channel"] = strides.outer // unit, strides.channel // unit
-    constants = (unit, rows, wide, _ACCUMULATORS.get(dtype, tl.float32))
+    constants = (unit, rows, wide, dtype == torch.float64)
     merge = Grid(MERGED, 4, _ceil(layout.channels, MERGED[1]), 1, 1, 1, 1)
-    return Frame(layout, grid, grid_of_whole(layout, dtype.itemsize), merge, sizes, constants)
+    return Frame(layout, grid, whole and whole._replace(wide=wide), merge, sizes, constants)

@@ -20,6 +20,12 @@ PLANES = tl.constexpr(1)  # a value per sample and channel, (N, C): what is not 
 ELEMENTS = tl.constexpr(2)  # a seed
 
 
+@triton.constexpr_function
+def accumulator(DOUBLE):
+    """What is computed with."""
+    return tl.float64 if DOUBLE else tl.float32
+
+
 @triton.jit
 def channels_of(block, B1: tl.constexpr, ROWS: tl.constexpr):
     """The channels of a block."""
@@ -64,16 +70,21 @@ def offsets(
 
 
 @triton.jit
-def keep_planes(MASK, outer, inner, block, channels, spatial, valid, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    """Which elements of a tile are in planes that are kept; false where not `valid`."""
+def keep_planes(
+    MASK, outer, inner, block, n_outer, channels, spatial, valid, VEC: tl.constexpr, ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Which elements of a tile are in planes that are kept. `channels` comes in units of VEC if ROWS."""
+    # Values in float32 whatever they are: the interpreter knows nothing of bfloat16.
     if ROWS:
-        place = (outer // spatial * channels)[:, None] + inner[None, :]
+        place = (outer // spatial * channels * VEC)[:, None] + inner[None, :]
+        return tl.load(MASK + place, mask=valid, other=0).to(tl.float32) != 0
     else:
         if WIDE:
             block = block.to(tl.int64)
-        place = (outer * channels + block)[:, None] + tl.zeros_like(inner)[None, :]
-    # In float32 whatever it is: the interpreter knows nothing of bfloat16.
-    return tl.load(MASK + place, mask=valid, other=0).to(tl.float32) != 0
+        # One value for all of axis 1, so that loads that depend on it stay whole.
+        place = (outer * channels + block)[:, None]
+        return (tl.load(MASK + place, mask=(outer < n_outer)[:, None], other=0).to(tl.float32) != 0) & valid
 
 
 @triton.jit
@@ -109,11 +120,15 @@ def whereabouts(
     tile, block, n_outer, n_inner, channels, spatial, tiles_inner, KEEP: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A tile's indices; which of its elements there are, which dropout keeps, and which it needs for that."""
+    """A tile's indices; which of its elements there are, which dropout keeps, and which are read for that."""
     outer, inner = places(tile, block, tiles_inner, B0, B1, ROWS, WIDE)
     valid = (outer < n_outer)[:, None] & (inner < n_inner * VEC)[None, :]
     if KEEP == PLANES:
-        kept = keep_planes(MASK, outer, inner, block, channels, spatial, valid, ROWS, WIDE)
+        if ROWS:
+            # What lies between kept elements comes along with them.
+            kept = keep_planes(MASK, outer, inner, block, n_outer, n_inner, spatial, valid, VEC, ROWS, WIDE)
+            return outer, inner, valid, kept, valid
+        kept = keep_planes(MASK, outer, inner, block, n_outer, channels, spatial, valid, VEC, ROWS, WIDE)
         return outer, inner, valid, kept, kept
     elif KEEP == ELEMENTS:
         kept = keep_elements(
@@ -176,18 +191,17 @@ def load_channels(POINTER, channel, channels, missing: tl.constexpr, DTYPE: tl.c
 
 
 @triton.jit
-def split(x):
-    """A float64 value as the sum of two of float32."""
-    high = x.to(tl.float32)
-    # An infinite one has no rest.
-    return high, tl.where(tl.abs(high) < float("inf"), x - high.to(tl.float64), 0.0).to(tl.float32)
+def split(mean, ACC: tl.constexpr):
+    """A float64 value as the sum of two of ACC."""
+    if tl.float64 == ACC:
+        return mean, tl.zeros_like(mean)
+    else:
+        high = mean.to(ACC)
+        # An infinite one has no rest.
+        return high, tl.where(tl.abs(high) < float("inf"), mean - high.to(tl.float64), 0.0).to(ACC)
 
 
 @triton.jit
-def centred(x, mean):
-    """x - mean for the float64 `mean` of its channel, in the dtype of `x` but exact to its last digits."""
-    if x.dtype == tl.float64:
-        return x - mean[None, :]
-    else:
-        high, low = split(mean)
-        return (x - high[None, :]) - low[None, :]
+def centred(x, high, low):
+    """x less the mean of its channel, which is the sum of two values: exact to the last digits of x."""
+    return (x - high[None, :]) - low[None, :]
