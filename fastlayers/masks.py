@@ -87,7 +87,11 @@ def draw_for_gpu_kernels(input: Tensor, p: float, mode: str, training: bool) -> 
         values = input.new_empty(input.shape[:2])
         return values.zero_() if p == 1 else values.bernoulli_(1 - p)
     seed = input.new_empty(1, dtype=torch.int64)
-    return seed.zero_() if p == 1 else seed.random_()
+    if p == 1:
+        return seed.zero_()
+    # torch.compile knows only the operator that returns a new tensor.
+    drawn: Tensor = torch.ops.aten.random.default(seed) if is_compiling() else seed.random_()
+    return drawn
 
 
 def runs_eagerly(input: Tensor) -> bool:

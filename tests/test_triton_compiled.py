@@ -5,7 +5,6 @@ What would be launched goes to Triton's own compiler, by the way that a launch t
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import subprocess
@@ -94,6 +93,7 @@ def _driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class _Compiled(NamedTuple):
     kernel: str
     asm: dict[str, Any]
+    warps: int
     elements_per_thread: int
     wide: bool
 
@@ -108,7 +108,9 @@ def _compile(target: GPUTarget, run: Callable[[], object], patch: pytest.MonkeyP
             *pointers, *numbers, *sizes, *constants, grid=(grid.blocks, grid.parts), num_warps=grid.warps
         )
         threads = grid.warps * target.warp_size
-        found.append(_Compiled(kernel.fn.__name__, compiled.asm, grid.tile[0] * grid.tile[1] // threads, grid.wide))
+        found.append(
+            _Compiled(kernel.fn.__name__, compiled.asm, grid.warps, grid.tile[0] * grid.tile[1] // threads, grid.wide)
+        )
 
     patch.setattr(calls, "launch", compile_only)
     run()
@@ -167,26 +169,22 @@ class _Layer(NamedTuple):
 
 
 # Large ones, whose channels are split, in both layouts; and what one program holds.
+LARGE = (128, 64, 32, 32)
 LAYERS = [
-    _Layer((128, 64, 32, 32), dtype, rows, act, dropout, residual, training)
-    for (dtype, rows), (act, dropout, residual, training) in itertools.product(
-        itertools.product((f32, bf16), (False, True)),
-        [
-            ("relu", "channel", False, True),
-            ("relu", "channel", True, True),
-            ("gelu", "element", True, True),
-            ("silu", "", False, False),
-        ],
-    )
-] + [
+    _Layer(LARGE, f32, False, "relu", "channel"),
+    _Layer(LARGE, bf16, False, "gelu", "element", True),
+    _Layer(LARGE, f32, True, "gelu", "element", True),
+    _Layer(LARGE, bf16, True, "relu", "channel", True),
+    _Layer(LARGE, bf16, True, "gelu", "element", True),
+    _Layer(LARGE, f16, False, "relu", "channel", True, training=False),
+    _Layer(LARGE, f32, True, "silu", training=False),
+    _Layer(LARGE, f64, False, "gelu"),
     _Layer((128, 64, 14, 14), f32, False, "relu", "channel"),  # 196 places: 16 bytes, but no multiple of 16
     _Layer((64, 64, 8, 8), f32, False, "gelu", "element", True),
     _Layer((64, 64, 8, 8), bf16, False, "relu", "channel", True),
     _Layer((100, 1024), f32, True, "gelu", "element", True),
     _Layer((100, 1024), f16, True, "relu", "", True),
-    _Layer((128, 64, 32, 32), f16, False),
-    _Layer((128, 64, 32, 32), f64, False, "gelu"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -197,8 +195,8 @@ def test_triton_for_sm_90_moves_16_bytes_and_spills_nothing(layer: _Layer, monke
         usage, accesses = _audit(compiled.asm["cubin"])
         assert usage["STACK"] == usage["LOCAL"] == 0, compiled.kernel
         assert not any(name.startswith(("LDL", "STL")) for name in accesses), compiled.kernel
-        # Two blocks of four warps at least find room for their registers on a multiprocessor.
-        assert usage["REG"] <= 255
+        # Two programs of four warps at least find room for their registers on a multiprocessor's 65536.
+        assert usage["REG"] * 32 * max(compiled.warps, 8) <= 65536, compiled.kernel
         reads, writes = layer.full_size_accesses(compiled.kernel)
         each = compiled.elements_per_thread * layer.dtype.itemsize // 16
         assert _wide(accesses, "LDG") >= reads * each, (compiled.kernel, accesses)
@@ -235,7 +233,7 @@ def test_triton_activations_compile(act: str, monkeypatch: pytest.MonkeyPatch) -
         assert ".local" not in compiled.asm["ptx"]
 
 
-@pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[2], LAYERS[9], LAYERS[-4]], ids=str)
+@pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[3], LAYERS[10]], ids=str)
 def test_triton_for_gfx942_spills_nothing(layer: _Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     """AMD's MI300: vector registers, and accesses of 16 bytes."""
     for compiled in _compile(MI300, layer, monkeypatch):

@@ -106,7 +106,7 @@ def _elu(z, positive: tl.constexpr, negative: tl.constexpr, inner: tl.constexpr)
 @triton.jit
 def _elu_gradient(g, z, positive: tl.constexpr, negative: tl.constexpr, inner: tl.constexpr):
     below = tl.exp(_at_most(z, 0.0) * inner) * (negative * inner)
-    return g * tl.where(z <= 0, below, positive)
+    return g * tl.where(z > 0, positive, below)
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def _hardswish(z):
 
 @triton.jit
 def _hardswish_gradient(g, z):
-    return tl.where(z <= -3, 0.0, tl.where(z < 3, g * (z * (1 / 3) + 0.5), g))
+    return tl.where(z <= -3, 0.0, tl.where(z >= 3, g, g * (z * (1 / 3) + 0.5)))
 
 
 @triton.jit

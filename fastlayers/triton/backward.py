@@ -101,7 +101,8 @@ def gradient_sums(
     sum_g = tl.zeros((B0, B1), ACC)
     sum_gx = tl.zeros((B0, B1), ACC)
     first, last = part_of(part, tiles_per_part, tiles)
-    for tile in range(first, last):
+    for step in range(last - first):
+        tile = first + step
         outer, inner, valid, kept, needed = whereabouts(
             MASK, drop_scale, last_kept, y_outer, y_channel, tile, block, n_outer, n_inner, channels, spatial,
             tiles_inner, KEEP, B0, B1, VEC, ROWS, WIDE,
@@ -180,8 +181,8 @@ def input_gradient(
         mean_g = _mean(load_channels(SUMS, channel, channels, 0.0, tl.float64), count, ACC)
         mean_gx = _mean(load_channels(SUMS + channels, channel, channels, 0.0, tl.float64), count, ACC)
     first, last = part_of(part, tiles_per_part, tiles)
-    for back in range(first, last):
-        tile = first + last - 1 - back
+    for step in range(last - first):
+        tile = last - 1 - step
         outer, inner, valid, kept, needed = whereabouts(
             MASK, drop_scale, last_kept, y_outer, y_channel, tile, block, n_outer, n_inner, channels, spatial,
             tiles_inner, KEEP, B0, B1, VEC, ROWS, WIDE,

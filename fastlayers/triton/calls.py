@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from fastlayers.triton import backward, forward
 from fastlayers.triton import dropout as dropping
 from fastlayers.triton.launches import launch
-from fastlayers.triton.layouts import is_rows, layout_of, strides_in
+from fastlayers.triton.layouts import Layout, is_rows, layout_of, strides_in
 from fastlayers.triton.plans import Frame, frame_of
 from fastlayers.triton.tiles import ALL, ELEMENTS, PLANES
 
@@ -177,6 +177,15 @@ def batch_norm_act_fwd(
     if not training and (running_mean is None or running_var is None):
         raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
     output = torch.empty_like(input)
+    channels = input.shape[1]
+    mean = input.new_empty(channels, dtype=torch.float64)
+    invstd = torch.empty_like(mean)
+    batches = num_batches_tracked if training and running_mean is not None else None
+    if input.numel() == 0:
+        if batches is not None:
+            batches.add_(1)
+        bits = input.new_empty(bytes_of_bits(output) if save_flat_bits else 0, dtype=torch.uint8)
+        return output, mean.zero_(), invstd.zero_(), bits
     plan = _plan_for(output, x=input, r=residual)
     if plan.irregular and mask is not None and _is_seed(mask):
         # Which elements it drops is by their place in the output; the kernels see those of its copy.
@@ -185,16 +194,10 @@ def batch_norm_act_fwd(
             eps, activation, activation_params, 1.0, save_flat_bits,
         )  # fmt: skip
         return dropout(kept, mask, drop_scale), others[0], others[1], others[2]
-    channels = input.shape[1]
-    mean = input.new_empty(channels, dtype=torch.float64)
-    invstd = torch.empty_like(mean)
     bits = input.new_empty(plan.frame.layout.bytes_of_bits if save_flat_bits else 0, dtype=torch.uint8)
-    batches = num_batches_tracked if training and running_mean is not None else None
-    if batches is not None and (momentum is None or input.numel() == 0):
+    if batches is not None and momentum is None:
         # A cumulative average divides by the new count, which no program may then be writing.
         batches.add_(1)
-    if input.numel() == 0:
-        return output, mean.zero_(), invstd.zero_(), bits
     states = (_contiguous(running_mean), _contiguous(running_var))
     target = _target(plan, output)
     tensors = _Forward(
@@ -295,11 +298,6 @@ def batch_norm_act_bwd(
     )
     # Its strides decide the layout even where the gradient itself is not wanted.
     grad_input = torch.empty_like(input)
-    plan = _plan_for(grad_input, g=grad_output, x=input, r=residual)
-    if plan.irregular and mask is not None and _is_seed(mask):
-        # As forward: by the place in the dense output.
-        grad_output, mask, drop_scale = dropout(torch.empty_like(input).copy_(grad_output), mask, drop_scale), None, 1.0
-        plan = _plan_for(grad_input, g=grad_output, x=input, r=residual)
     grad_residual = torch.empty_like(input) if residual_grad else input.new_empty(0)
     sums_wanted = affine_grad and (weight is not None or bias is not None)
     grad_weight, grad_bias = (
@@ -310,6 +308,11 @@ def batch_norm_act_bwd(
         grad_weight.zero_()
         grad_bias.zero_()
         return grads
+    plan = _plan_for(grad_input, g=grad_output, x=input, r=residual)
+    if plan.irregular and mask is not None and _is_seed(mask):
+        # As forward: by the place in the dense output.
+        grad_output, mask, drop_scale = dropout(torch.empty_like(input).copy_(grad_output), mask, drop_scale), None, 1.0
+        plan = _plan_for(grad_input, g=grad_output, x=input, r=residual)
     targets = [_target(plan, t) if t.numel() else None for t in (grads[0], grad_residual)]
     tensors = _Backward(
         _source(plan, "g", grad_output), _source(plan, "x", input),
@@ -443,7 +446,7 @@ def unpack_mask(bits: Tensor, like: Tensor, flat: bool) -> Tensor:
     mask = torch.empty_like(like, dtype=torch.bool)
     if not mask.numel():
         return mask
-    layout = _plan_for(mask).frame.layout
+    layout = _layout_as_written(mask)
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     runs = (bits.view(-1, layout.bytes_inner, 1) >> places & 1).flatten(1)[:, : layout.n_inner]
     batch, channels, *spatial = like.shape
@@ -452,10 +455,15 @@ def unpack_mask(bits: Tensor, like: Tensor, flat: bool) -> Tensor:
     return mask.copy_(runs.reshape(like.shape))
 
 
-def bytes_of_bits(dense: Tensor) -> int:
-    """Size of one bit per element: each plane or row of the result that the kernels write starts at a byte."""
+def _layout_as_written(dense: Tensor) -> Layout:
+    """The layout of a dense result, or of the copy of it that the kernels write."""
     shape, strides = dense.shape, dense.stride()
     layout = layout_of(shape, is_rows(shape, strides))
-    if strides_in(layout, shape, strides) is None:
-        layout = layout_of(shape, is_rows(shape, torch.empty(shape, device="meta").stride()))
-    return layout.bytes_of_bits
+    if strides_in(layout, shape, strides) is not None:
+        return layout
+    return layout_of(shape, is_rows(shape, torch.empty(shape, device="meta").stride()))
+
+
+def bytes_of_bits(dense: Tensor) -> int:
+    """Size of one bit per element: each plane or row of the result that the kernels write starts at a byte."""
+    return _layout_as_written(dense).bytes_of_bits

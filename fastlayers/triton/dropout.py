@@ -19,7 +19,8 @@ def drop(
     ACC: tl.constexpr = accumulator(DOUBLE)
     block, part = tl.program_id(0), tl.program_id(1)
     first, last = part_of(part, tiles_per_part, tiles)
-    for tile in range(first, last):
+    for step in range(last - first):
+        tile = first + step
         outer, inner, valid, kept, needed = whereabouts(
             MASK, drop_scale, last_kept, y_outer, y_channel, tile, block, n_outer, n_inner, channels, spatial,
             tiles_inner, KEEP, B0, B1, VEC, ROWS, WIDE,

@@ -18,12 +18,14 @@ from fastlayers.triton.tiles import (
     byte_places,
     centred,
     channels_of,
+    exists,
     load_channels,
     offsets,
     part_of,
     places,
     split,
     store_bits,
+    sum_over_tile,
     whereabouts,
 )
 
@@ -74,7 +76,7 @@ def _finish(
     if CUMULATIVE:
         weight = 1.0 / tl.load(BATCHES).to(tl.float64)
     else:
-        weight = momentum
+        weight = tl.full((1,), momentum, tl.float64)
     if RUNNING_MEAN is not None:
         old = tl.load(RUNNING_MEAN + channel, mask=there).to(tl.float64)
         tl.store(
@@ -101,19 +103,25 @@ def batch_statistics(
     ACC: tl.constexpr = accumulator(DOUBLE)
     block, part = tl.program_id(0), tl.program_id(1)
     first, last = part_of(part, tiles_per_part, tiles)
-    mean = tl.zeros((B0, B1), ACC)
+    outer, inner = places(first, block, tiles_inner, B0, B1, ROWS, WIDE)
+    valid = exists(outer, inner, n_outer, n_inner, VEC, WIDE)
+    x = tl.load(X + offsets(outer, inner, block, x_outer, x_channel, VEC, ROWS, WIDE), mask=valid, other=0).to(ACC)
+    # Lanes count from the mean of the first tile, so that a large mean takes no digits of theirs.
+    seen = valid.to(ACC)
+    origin = sum_over_tile(x / tl.where(valid, sum_over_tile(seen, ROWS)[None, :], 1.0), ROWS)
+    mean = tl.where(valid, x - origin[None, :], 0.0)
     m2 = tl.zeros((B0, B1), ACC)
-    seen = tl.zeros((B0, B1), ACC)
-    for tile in range(first, last):
-        outer, inner = places(tile, block, tiles_inner, B0, B1, ROWS, WIDE)
-        valid = (outer < n_outer)[:, None] & (inner < n_inner * VEC)[None, :]
+    for step in range(1, last - first):
+        outer, inner = places(first + step, block, tiles_inner, B0, B1, ROWS, WIDE)
+        valid = exists(outer, inner, n_outer, n_inner, VEC, WIDE)
         at = offsets(outer, inner, block, x_outer, x_channel, VEC, ROWS, WIDE)
-        x = tl.load(X + at, mask=valid, other=0).to(ACC)
+        x = tl.load(X + at, mask=valid, other=0).to(ACC) - origin[None, :]
         seen += valid.to(ACC)
         apart = tl.where(valid, x - mean, 0.0)
         mean += apart / tl.where(seen > 0, seen, 1.0)
         m2 += tl.where(valid, apart * (x - mean), 0.0)
     all_mean, all_m2, all_seen = _merged_tile(mean, m2, seen, ROWS)
+    all_mean += origin.to(tl.float64)
     channel = channels_of(block, B1, ROWS)
     if PARTIALS is None:
         _finish(
@@ -219,8 +227,8 @@ def normalise(
     high, low = split(mean, ACC)
     scale, bias = _scale_and_bias(WEIGHT, BIAS, invstd, channel, channels, ACC)
     first, last = part_of(part, tiles_per_part, tiles)
-    for back in range(first, last):
-        tile = first + last - 1 - back
+    for step in range(last - first):
+        tile = last - 1 - step
         outer, inner, valid, kept, needed = whereabouts(
             MASK, drop_scale, last_kept, y_outer, y_channel, tile, block, n_outer, n_inner, channels, spatial,
             tiles_inner, KEEP, B0, B1, VEC, ROWS, WIDE,

@@ -15,15 +15,16 @@ from fastlayers.triton.layouts import Layout, Strides, common_divisor, extent, l
 
 # Elements of a tile and channels side by side in rows, by bytes per element. Four warps hold a tile of a pass over
 # memory, each thread 16 elements: two or four loads of 16 bytes. Rows are taken 256 bytes wide: two cache lines.
-TILE = {2: 2048, 4: 2048, 8: 1024}
+# float64 takes twice the registers.
+TILE = {2: 2048, 4: 2048, 8: 512}
 ROW_CHANNELS = {2: 128, 4: 64, 8: 32}
 
 # Of a channel, or some, that one program holds as a whole: elements with their padding, and channels side by side, of
 # which there are fewer, 64 bytes, for more programs.
-WHOLE = {2: 8192, 4: 8192, 8: 4096}
+WHOLE = {2: 8192, 4: 8192, 8: 2048}
 WHOLE_ROW_CHANNELS = {2: 32, 4: 16, 8: 8}
 
-ELEMENTS_PER_THREAD = 16
+ELEMENTS_PER_THREAD = {2: 16, 4: 16, 8: 4}
 
 # Programs that a pass is to have at least, if there is work for them: some for each processor of a large GPU.
 PROGRAMS = 1024
@@ -62,8 +63,8 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _warps(elements: int) -> int:
-    return min(max(elements // (32 * ELEMENTS_PER_THREAD), 1), 16)
+def _warps(elements: int, itemsize: int) -> int:
+    return min(max(elements // (32 * ELEMENTS_PER_THREAD[itemsize]), 1), 16)
 
 
 def _blocks(layout: Layout, tile: tuple[int, int]) -> int:
@@ -82,7 +83,13 @@ def grid_of_passes(layout: Layout, itemsize: int) -> Grid:
     tiles = _ceil(layout.n_outer, outer) * tiles_inner
     tiles_per_part = _ceil(tiles, min(tiles, _ceil(PROGRAMS, blocks)))
     return Grid(
-        (outer, inner), _warps(outer * inner), blocks, _ceil(tiles, tiles_per_part), tiles_inner, tiles, tiles_per_part
+        (outer, inner),
+        _warps(outer * inner, itemsize),
+        blocks,
+        _ceil(tiles, tiles_per_part),
+        tiles_inner,
+        tiles,
+        tiles_per_part,
     )
 
 
@@ -94,7 +101,7 @@ def grid_of_whole(layout: Layout, itemsize: int) -> Grid | None:
     outer = _power_of_two(layout.n_outer)
     if outer * inner > WHOLE[itemsize]:
         return None
-    return Grid((outer, inner), _warps(outer * inner), _blocks(layout, (outer, inner)), 1, 1, 1, 1)
+    return Grid((outer, inner), _warps(outer * inner, itemsize), _blocks(layout, (outer, inner)), 1, 1, 1, 1)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,14 @@ def offsets(
 
 
 @triton.jit
+def exists(outer, inner, n_outer, n_inner, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """Which elements of a tile there are."""
+    if WIDE:
+        n_inner = n_inner.to(tl.int64)
+    return (outer < n_outer)[:, None] & (inner < n_inner * VEC)[None, :]
+
+
+@triton.jit
 def keep_planes(
     MASK, outer, inner, block, n_outer, channels, spatial, valid, VEC: tl.constexpr, ROWS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -122,7 +130,7 @@ def whereabouts(
 ):  # fmt: skip
     """A tile's indices; which of its elements there are, which dropout keeps, and which are read for that."""
     outer, inner = places(tile, block, tiles_inner, B0, B1, ROWS, WIDE)
-    valid = (outer < n_outer)[:, None] & (inner < n_inner * VEC)[None, :]
+    valid = exists(outer, inner, n_outer, n_inner, VEC, WIDE)
     if KEEP == PLANES:
         if ROWS:
             # What lies between kept elements comes along with them.
