@@ -25,6 +25,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
+from fastlayers_benchmarks.launches import H200, NoGpu  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
@@ -32,54 +33,8 @@ from fastlayers.triton import calls, forward, launches, plans  # noqa: E402  (Tr
 
 f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
-H200 = GPUTarget("cuda", 90, 32)
 MI300 = GPUTarget("hip", "gfx942", 64)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-class _Launcher:
-    """Notes what it is to launch."""
-
-    launched: list[tuple[Any, ...]]
-
-    def __init__(self, source: object, metadata: object) -> None:
-        del source, metadata
-
-    def __call__(self, *arguments: object) -> None:
-        self.launched.append(arguments)
-
-
-class _Utilities:
-    def load_binary(self, *arguments: object) -> tuple[int, ...]:
-        return (1, 2, 32, 0, 1024)
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448}
-
-
-class _Driver:
-    """Stands for a GPU: says which it is, and launches nothing."""
-
-    utils = _Utilities()
-    launcher_cls = _Launcher
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return str(self.target)  # kernels are kept per device
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_device_interface(self) -> Any:
-        return torch.cuda
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +55,7 @@ class _Compiled(NamedTuple):
 
 def _compile(target: GPUTarget, run: Callable[[], object], patch: pytest.MonkeyPatch) -> list[_Compiled]:
     """What `run` would launch on `target`, compiled."""
-    driver.set_active(_Driver(target))
+    driver.set_active(NoGpu(target))
     found = []
 
     def compile_only(kernel: Any, grid: plans.Grid, pointers: Any, numbers: Any, sizes: Any, constants: Any) -> None:
@@ -270,8 +225,8 @@ class TestLaunches:
 
     @pytest.fixture(autouse=True)
     def _records(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        driver.set_active(_Driver(H200))
-        _Launcher.launched = []
+        driver.set_active(NoGpu(H200))
+        monkeypatch.setattr(NoGpu, "launched", [])
         launches._compiled.clear()
         if not launches._IS_KNOWN:
             pytest.skip("Triton of another version is asked to launch")
@@ -284,7 +239,7 @@ class TestLaunches:
         for known in (True, True, False):
             monkeypatch.setattr(launches, "_IS_KNOWN", known)
             self._evaluate(torch.ones(16, 32, 16, 16))
-        first, second, by_triton = ([a for a in each if not isinstance(a, Tensor)] for each in _Launcher.launched)
+        first, second, by_triton = ([a for a in each if not isinstance(a, Tensor)] for each in NoGpu.launched or ())
         # But for the metadata that profilers get: the seventh.
         assert first[:6] + first[7:] == by_triton[:6] + by_triton[7:] == second[:6] + second[7:]
 
@@ -300,7 +255,7 @@ class TestLaunches:
         for batch in (16, 17, 31, 100, 1):
             self._evaluate(torch.ones(batch, 32, 64, 64))
         assert len({id(compiled) for compiled in launches._compiled.values()}) <= 2
-        assert len(_Launcher.launched) == 5
+        assert len(NoGpu.launched or ()) == 5
 
     def _evaluate(self, x: Tensor) -> Sequence[Tensor]:
         statistics = (torch.zeros(32), torch.ones(32))

@@ -41,6 +41,8 @@ def _triton(device: torch.device) -> Iterator[None]:
     if calls.INTERPRETED:
         assert device.type == "cpu", "the interpreter copies from the GPU at every call: leave TRITON_INTERPRET unset"
         _round_as_hardware_does()
+    elif device.type == "cpu":
+        pytest.skip("a GPU is there: --device cuda")
     with fl.use_backend("triton"):
         yield
 
@@ -491,6 +493,24 @@ def test_triton_runs_on_regular_strides_without_copies(device: torch.device, mon
         assert not calls._plan_for(torch.empty_like(t), x=t).copied
     for t in (x[..., ::2], x[:, :, 1:3, 1:3], x.permute(3, 2, 1, 0)[:, :, ::2]):
         assert calls._plan_for(torch.empty_like(t), x=t).copied
+
+
+def test_triton_operators_say_what_is_wrong(device: torch.device) -> None:
+    """Called directly, with what the layers would never pass."""
+    x = torch.randn(4, 3, 2, 2, device=device)
+    rest = (True, 0.1, 1e-5, 1, [0.0] * 3, 2.0, False)
+    for arguments, message in (
+        ((x[0, 0, 0], *(None,) * 7), "at least 2 dimensions"),
+        ((x, x[0, :2, 0, 0], *(None,) * 6), "weight should be of shape"),
+        ((x, None, None, x[:2], *(None,) * 4), "residual should have the shape"),
+        ((x, None, None, None, torch.ones(3, 4, device=device), *(None,) * 3), "mask should be a seed"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.batch_norm_act_fwd(*arguments, *rest)
+    with pytest.raises(RuntimeError, match="in evaluation mode"):
+        ops.batch_norm_act_fwd(x, *(None,) * 7, False, *rest[1:])
+    with pytest.raises(RuntimeError, match="flat should be False"):
+        ops.unpack_mask(torch.zeros(12, dtype=torch.uint8, device=device), x, True)
 
 
 def test_triton_batch_sizes_share_kernels() -> None:

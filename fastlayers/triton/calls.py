@@ -138,7 +138,9 @@ def _on_device_of(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if t.device.index == module.current_device() else module.device(t.device)
 
 
-def _check(input: Tensor, full_size: dict[str, Tensor | None], per_channel: dict[str, Tensor | None]) -> None:
+def _check(
+    input: Tensor, mask: Tensor | None, full_size: dict[str, Tensor | None], per_channel: dict[str, Tensor | None]
+) -> None:
     shape, device = input.shape, input.device
     if len(shape) < 2:
         raise RuntimeError(f"input should have at least 2 dimensions (N, C, ...), not {len(shape)}")
@@ -149,6 +151,18 @@ def _check(input: Tensor, full_size: dict[str, Tensor | None], per_channel: dict
     for name, t in per_channel.items():
         if t is not None and (t.dim() != 1 or t.shape[0] != channels or t.device != device):
             raise RuntimeError(f"{name} should be of shape ({channels},) and on the device of input")
+    _check_mask(input, mask)
+
+
+def _check_mask(input: Tensor, mask: Tensor | None) -> None:
+    if mask is None:
+        return
+    expected = (1,) if _is_seed(mask) else input.shape[:2]
+    if mask.shape != expected or mask.device != input.device:
+        raise RuntimeError(
+            f"mask should be a seed, one int64, or of shape {tuple(input.shape[:2])}, and on the device of input, but "
+            f"has dtype {mask.dtype} and shape {tuple(mask.shape)}"
+        )
 
 
 def batch_norm_act_fwd(
@@ -171,6 +185,7 @@ def batch_norm_act_fwd(
     """See csrc/torch/library.cpp."""
     _check(
         input,
+        mask,
         {"residual": residual},
         {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var},
     )
@@ -202,7 +217,8 @@ def batch_norm_act_fwd(
     target = _target(plan, output)
     tensors = _Forward(
         _source(plan, "x", input), None if residual is None else _source(plan, "r", residual), target,
-        bits if save_flat_bits else None, mask, _contiguous(weight), _contiguous(bias), mean, invstd, *states, batches,
+        bits if save_flat_bits else None, _contiguous(mask), _contiguous(weight), _contiguous(bias), mean, invstd,
+        *states, batches,
     )  # fmt: skip
     call = _Call(
         float(eps), float(momentum or 0), momentum is None, _keep(mask), drop_scale, (activation, *activation_params)
@@ -293,11 +309,14 @@ def batch_norm_act_bwd(
     """See csrc/torch/library.cpp."""
     _check(
         input,
+        mask,
         {"grad_output": grad_output, "residual": residual},
         {"weight": weight, "bias": bias, "mean": mean, "invstd": invstd},
     )
     # Its strides decide the layout even where the gradient itself is not wanted.
     grad_input = torch.empty_like(input)
+    if flat_bits is not None and flat_bits.numel() != bytes_of_bits(grad_input):
+        raise RuntimeError("flat_bits should be what batch_norm_act_fwd returned")
     grad_residual = torch.empty_like(input) if residual_grad else input.new_empty(0)
     sums_wanted = affine_grad and (weight is not None or bias is not None)
     grad_weight, grad_bias = (
@@ -316,7 +335,7 @@ def batch_norm_act_bwd(
     targets = [_target(plan, t) if t.numel() else None for t in (grads[0], grad_residual)]
     tensors = _Backward(
         _source(plan, "g", grad_output), _source(plan, "x", input),
-        None if residual is None else _source(plan, "r", residual), flat_bits, mask,
+        None if residual is None else _source(plan, "r", residual), flat_bits, _contiguous(mask),
         _contiguous(weight), _contiguous(bias), mean, invstd, targets[0], targets[1],
     )  # fmt: skip
     parameters = tuple(t if t.numel() else None for t in (grad_weight, grad_bias))
@@ -392,6 +411,7 @@ def _sums(frame: Frame, tensors: _Backward, parameters: _Parameters, wanted: boo
 
 def dropout(input: Tensor, mask: Tensor, scale: float) -> Tensor:
     """See csrc/torch/library.cpp. A seed's elements are by the order of memory of a dense input."""
+    _check_mask(input, mask)
     output = torch.empty_like(input)
     if input.numel() == 0:
         return output
@@ -399,11 +419,9 @@ def dropout(input: Tensor, mask: Tensor, scale: float) -> Tensor:
         source = input if input.stride() == output.stride() else torch.empty_like(input).copy_(input)
         _drop_elements(source, output, mask, scale)
         return output
-    if mask.shape != input.shape[:2]:
-        raise RuntimeError(f"mask should be of shape {tuple(input.shape[:2])}, not {tuple(mask.shape)}")
     plan = _plan_for(output, x=input)
     target = _target(plan, output)
-    _drop(plan.frame, _source(plan, "x", input), target, mask, scale)
+    _drop(plan.frame, _source(plan, "x", input), target, mask.contiguous(), scale)
     if target is not output:
         output.copy_(target)
     return output
