@@ -1,8 +1,8 @@
 """What a call of the Triton kernels costs in Python: `python -m fastlayers_benchmarks.launches`.
 
-It needs no GPU: `NoGpu` stands for one, for which Triton compiles, and launches nothing. So the times hold all of Python
-and allocations (on the CPU), but neither Triton's last step in C, which hands arguments to the CUDA driver, nor the
-driver's own time.
+It needs no GPU: `NoGpu` stands for one, for which Triton compiles, and launches nothing. So the times hold all of
+Python and allocations (on the CPU), but neither Triton's last step in C, which hands arguments to the CUDA driver, nor
+the driver's own time.
 """
 
 from __future__ import annotations
