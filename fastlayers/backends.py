@@ -228,4 +228,18 @@ def _runs_on(archs: Sequence[str], capability: tuple[int, int]) -> bool:
 
 
 def _problem_of_triton(device: str, index: int | None) -> str | None:
-    return "this version of fastlayers has no Triton kernels"
+    if device not in ("cpu", "cuda", "xpu"):
+        return "it serves cuda and xpu only"
+    try:
+        from fastlayers.triton import calls
+        from fastlayers.triton import ops as triton_ops
+    except ImportError as error:
+        return f"Triton is not installed, or does not fit ({error})"
+    _OP_SETS["triton"] = triton_ops
+    if device == "cpu" and not calls.INTERPRETED:
+        return "it serves CPU tensors only in its interpreter, with TRITON_INTERPRET=1 set from the start"
+    if device == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(index)
+        if capability < (7, 0):
+            return f"Triton compiles for compute capability 7.0 and later, not {capability[0]}.{capability[1]}"
+    return None

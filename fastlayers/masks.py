@@ -65,7 +65,7 @@ def draw_for_kernels(input: Tensor, p: float, mode: str, training: bool, flat: b
     """
     if p == 0 or not training or input.numel() == 0:
         return None
-    if p < 1 and _runs_eagerly(input):
+    if p < 1 and input.is_cpu and runs_eagerly(input):
         with _drawing:
             return _draw_eagerly(input, 1 - p, mode, flat)
     mask = _bernoulli(input, p, mode)
@@ -87,14 +87,17 @@ def draw_for_gpu_kernels(input: Tensor, p: float, mode: str, training: bool) -> 
         values = input.new_empty(input.shape[:2])
         return values.zero_() if p == 1 else values.bernoulli_(1 - p)
     seed = input.new_empty(1, dtype=torch.int64)
-    return seed.zero_() if p == 1 else seed.random_()
+    if p == 1:
+        return seed.zero_()
+    # torch.compile knows only the operator that returns a new tensor.
+    drawn: Tensor = torch.ops.aten.random.default(seed) if is_compiling() else seed.random_()
+    return drawn
 
 
-def _runs_eagerly(input: Tensor) -> bool:
-    """Whether a call on `input` computes values on the CPU now, with no tracer, transform or subclass in between."""
+def runs_eagerly(input: Tensor) -> bool:
+    """Whether a call on `input` computes values now, with no tracer, transform or subclass in between."""
     return (
         not is_compiling()
-        and input.is_cpu
         and type(input) in (Tensor, Parameter)
         and _len_torch_dispatch_stack() == 0
         and peek_interpreter_stack() is None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlayers import _library
+from fastlayers import _library, fakes
 
 _library.load()
 
@@ -92,78 +92,12 @@ def _plane_bytes(spatial: int) -> int:
     return spatial // 8 if spatial % 8 == 0 else (spatial + 14) // 8
 
 
-@torch.library.register_fake("fastlayers::batch_norm_act_fwd")
-def _(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: int,
-    activation_params: list[float],
-    drop_scale: float,
-    save_flat_bits: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    output = torch.empty_like(input)
-    mean = input.new_empty(input.shape[1], dtype=torch.float64)
-    flat_bits = input.new_empty(_mask_bytes(output) if save_flat_bits else 0, dtype=torch.uint8)
-    return output, mean, torch.empty_like(mean), flat_bits
-
-
-@torch.library.register_fake("fastlayers::batch_norm_act_bwd")
-def _(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    flat_bits: Tensor | None,
-    mask: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    training: bool,
-    activation: int,
-    activation_params: list[float],
-    drop_scale: float,
-    input_grad: bool,
-    affine_grad: bool,
-    residual_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def full_size(wanted: bool) -> Tensor:
-        return torch.empty_like(input) if wanted else input.new_empty(0)
-
-    def per_channel(parameter: Tensor | None) -> Tensor:
-        if affine_grad and parameter is not None:
-            return torch.empty_like(parameter, memory_format=torch.contiguous_format)
-        return mean.new_empty(0)
-
-    return full_size(input_grad), per_channel(weight), per_channel(bias), full_size(residual_grad)
-
-
-@torch.library.register_fake("fastlayers::dropout")
-def _(input: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(input)
+fakes.register("fastlayers", _mask_bytes)
 
 
 @torch.library.register_fake("fastlayers::pack_mask")
 def _(mask: Tensor, flat: bool) -> Tensor:
     return mask.new_empty((mask.numel() + 7) // 8 if flat else _mask_bytes(torch.empty_like(mask)), dtype=torch.uint8)
-
-
-@torch.library.register_fake("fastlayers::unpack_mask")
-def _(bits: Tensor, like: Tensor, flat: bool) -> Tensor:
-    return torch.empty_like(like, dtype=torch.bool)
-
-
-@torch.library.register_fake("fastlayers::element_mask")
-def _(seed: Tensor, like: Tensor, drop_scale: float) -> Tensor:
-    return torch.empty_like(like, dtype=torch.bool)
 
 
 @torch.library.register_fake("fastlayers::draw_channel_mask")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlayers as fl
-from fastlayers import activations, masks
+from fastlayers import activations, backends, masks
 from tests.layouts import in_layout
 
 #: As torch's modules, so that nothing here depends on the library's own table.
@@ -178,10 +178,20 @@ def make_sample(case: Case, device: torch.device) -> Sample:
         running_mean=running_mean if case.track else None,
         running_var=running_var if case.track else None,
         num_batches_tracked=torch.tensor(3, device=device) if case.track else None,
-        mask=masks.draw(input, case.drop_p, case.drop_mode, case.training),
+        mask=_drawn_mask(input, case),
     )
     grad_output = normal(*case.shape).masked_fill(_at_kinks(sample).cpu(), 0)
     return dataclasses.replace(sample, grad_output=full_size(grad_output, case.grad_layout))
+
+
+def _drawn_mask(input: Tensor, case: Case) -> Tensor | None:
+    """What the backend that serves `input` draws, as bool."""
+    if backends.serving(input) in ("cpp", "reference"):
+        return masks.draw(input, case.drop_p, case.drop_mode, case.training)
+    mask = masks.draw_for_gpu_kernels(input, case.drop_p, case.drop_mode, case.training)
+    if mask is None or case.drop_mode == "channel":
+        return None if mask is None else mask != 0
+    return fl.reference.element_mask(mask, input, masks.scale(case.drop_p))
 
 
 def _at_kinks(sample: Sample) -> Tensor:

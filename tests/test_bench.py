@@ -642,6 +642,13 @@ class TestCommand:
         assert "2x16x8x8" in (tmp_path / "page.md").read_text()
         assert len(list((tmp_path / "img").glob("*.png"))) == 6
 
+    def test_backends_are_contenders(self, tmp_path: Path) -> None:
+        path = tmp_path / "record.json"
+        result = invoke(*self.ONE_CASE, "--backend", "reference,cpp", "--phase", "eval", "--json", path)
+        assert result.exit_code == 0, result.output
+        (row,) = record.load(path).settings[0].rows
+        assert set(row.outcomes) == {"eager", "fastlayers-cpp", "reference"}
+
     def measure(self, *options: str | Path) -> Result:
         """One case without what has to be compiled."""
         return invoke(*self.ONE_CASE, "--contender", "fastlayers", "--phase", "eval", *options)
@@ -727,6 +734,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
+            (["--backend", "cpp,nobody"], "unknown: nobody; known: cpp, cuda, triton, reference"),
+            (["--backend", "cpp,cuda"], "backend 'cuda' cannot run here"),
             (["--contender", "nobody"], "unknown: nobody; known here: eager, compile"),
             (["--only", "no such case"], "no case of the quick grid matches"),
             (["--only", "("], "is no regular expression"),

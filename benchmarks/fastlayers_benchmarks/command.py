@@ -45,6 +45,9 @@ ROUNDS = {"quick": 5, "default": 15, "full": 15, "gpu": 15}
 @click.option("--gpu", "grid", flag_value="gpu", help="Sixteen cases for a GPU, large tensors among them.")
 @click.option("--only", metavar="REGEX", default="", help="Cases whose name matches, such as 'channels_last.*p0.5'.")
 @click.option("--contender", "names", multiple=True, metavar="NAME", help="Only these, and eager. Repeatable.")
+@click.option(
+    "--backend", "backends", metavar="NAMES", default="", help="Only these of this library, such as triton,cuda."
+)
 @click.option("--phase", "phases", multiple=True, type=click.Choice(cases.PHASES), help="Only these. Repeatable.")
 @click.option("--layers/--no-layers", default=True, help="Measure single layers.  [default: yes]")
 @click.option("--steps/--no-steps", default=True, help="Measure whole training steps.  [default: yes]")
@@ -158,6 +161,7 @@ class _Options:
         grid: str | None,
         only: str,
         names: Sequence[str],
+        backends: str,
         phases: Sequence[cases.Phase],
         layers: bool,
         steps: bool,
@@ -174,7 +178,7 @@ class _Options:
         self.device = torch.device(device)
         # Typed as str; the command passes names of grids only.
         self.grid: cases.Grid = grid or "default"  # type: ignore[assignment]
-        self.names = list(names)
+        self.names = [*names, *_contenders_of([name for name in backends.split(",") if name], self.device)]
         self.phases = [phase for phase in cases.PHASES if not phases or phase in phases]
         self.layers, self.steps = layers, steps
         self.rounds = rounds or ROUNDS[self.grid]
@@ -221,6 +225,21 @@ class _Options:
             "--layers" if self.layers else "--no-layers",
             "--steps" if self.steps else "--no-steps",
         ]
+
+
+def _contenders_of(backends: Sequence[str], device: torch.device) -> list[str]:
+    """The contenders that these backends of the library are."""
+    from fastlayers_benchmarks import contenders
+
+    reasons = contenders.why_not(device)
+    for backend in backends:
+        if backend not in contenders.BACKENDS:
+            raise click.BadParameter(
+                f"unknown: {backend}; known: {', '.join(contenders.BACKENDS)}", param_hint="--backend"
+            )
+        if contenders.name_of(backend) in reasons:
+            raise click.BadParameter(reasons[contenders.name_of(backend)], param_hint="--backend")
+    return [contenders.name_of(backend) for backend in backends]
 
 
 def _measure(options: _Options, console: Console) -> Record:

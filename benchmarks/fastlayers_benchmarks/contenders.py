@@ -20,6 +20,9 @@ COMPILE = "compile"
 FUSED_COMPILED = "fastlayers-compiled"
 REFERENCE = "reference"
 
+#: The backends that are contenders of their own.
+BACKENDS = tuple(name for name in fl.backends.NAMES if name != "auto")
+
 _ACT_LAYERS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
@@ -122,7 +125,7 @@ def contenders(device: torch.device) -> list[Contender]:
     found = [
         Contender(EAGER, eager_layer),
         Contender(COMPILE, _compiled(eager_layer), same_mask=False),
-        *(_fused(f"fastlayers-{name}", name, device) for name in _compiled_backends(device)),
+        *(_fused(name_of(name), name, device) for name in _compiled_backends(device)),
         Contender(FUSED_COMPILED, _compiled(fused_layer), same_mask=False),
         Contender(REFERENCE, fused_layer, REFERENCE),
     ]
@@ -140,7 +143,7 @@ def contenders(device: torch.device) -> list[Contender]:
 
 def why_not(device: torch.device) -> dict[str, str]:
     """The contenders that do not run on `device`, and why."""
-    reasons = {f"fastlayers-{name}": error for name in fl.backends.NAMES if (error := _error_of(name, device))}
+    reasons = {name_of(name): error for name in BACKENDS if (error := _error_of(name, device))}
     if device.type != "cuda":
         reasons["compile-max-autotune"] = "on CPU the mode tunes matrix products and convolutions only"
         reasons |= dict.fromkeys(("eager-graph", "compile-graph", "fastlayers-cuda-graph"), "CUDA graphs need a GPU")
@@ -152,7 +155,12 @@ def why_not(device: torch.device) -> dict[str, str]:
 def fused_contender(device: torch.device) -> str:
     """The contender that users of this library get on `device` by default."""
     (chosen,) = {c.backend for c in fl.backends.explain() if c.op == "batch_norm_act" and c.device == device.type}
-    return REFERENCE if chosen == REFERENCE else f"fastlayers-{chosen}"
+    return name_of(chosen)
+
+
+def name_of(backend: str) -> str:
+    """The contender that a backend of this library is."""
+    return REFERENCE if backend == REFERENCE else f"fastlayers-{backend}"
 
 
 def _fused(name: str, backend: str, device: torch.device) -> Contender:
@@ -161,8 +169,8 @@ def _fused(name: str, backend: str, device: torch.device) -> Contender:
 
 
 def _compiled_backends(device: torch.device) -> Iterator[str]:
-    for name in fl.backends.NAMES:
-        if name not in ("auto", REFERENCE) and _error_of(name, device) is None:
+    for name in BACKENDS:
+        if name != REFERENCE and _error_of(name, device) is None:
             yield name
 
 

@@ -1,0 +1,272 @@
+"""The Triton kernels compiled ahead of time, for GPUs that are not here: no spills, and 16 bytes at a time.
+
+What would be launched goes to Triton's own compiler, by the way that a launch takes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastlayers as fl
+from fastlayers import activations
+from tests.cases import ACTIVATIONS
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+from fastlayers_benchmarks.launches import H200, NoGpu  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+from fastlayers.triton import calls, forward, launches, plans  # noqa: E402  (Triton may not be there)
+
+f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+MI300 = GPUTarget("hip", "gfx942", 64)
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@pytest.fixture(autouse=True)
+def _driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(driver, "_active", driver._active)
+    yield
+    calls._plan.cache_clear()
+    launches._compiled.clear()
+
+
+class _Compiled(NamedTuple):
+    kernel: str
+    asm: dict[str, Any]
+    warps: int
+    elements_per_thread: int
+    wide: bool
+
+
+def _compile(target: GPUTarget, run: Callable[[], object], patch: pytest.MonkeyPatch) -> list[_Compiled]:
+    """What `run` would launch on `target`, compiled."""
+    driver.set_active(NoGpu(target))
+    found = []
+
+    def compile_only(kernel: Any, grid: plans.Grid, pointers: Any, numbers: Any, sizes: Any, constants: Any) -> None:
+        compiled = kernel.warmup(
+            *pointers, *numbers, *sizes, *constants, grid=(grid.blocks, grid.parts), num_warps=grid.warps
+        )
+        threads = grid.warps * target.warp_size
+        found.append(
+            _Compiled(kernel.fn.__name__, compiled.asm, grid.warps, grid.tile[0] * grid.tile[1] // threads, grid.wide)
+        )
+
+    patch.setattr(calls, "launch", compile_only)
+    run()
+    return found
+
+
+class _Layer(NamedTuple):
+    """A call of the fused operators, and of their backward."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = f32
+    rows: bool = False
+    act: str = "relu"
+    dropout: str = ""
+    residual: bool = False
+    training: bool = True
+
+    def __call__(self) -> None:
+        """Runs both, on memory that nobody reads."""
+        activation = activations.resolve(ACTIVATIONS[self.act])
+        x = torch.empty(self.shape, dtype=self.dtype)
+        if self.rows and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        channels = [torch.empty(self.shape[1]) for _ in range(4)]
+        masks: dict[str, Tensor] = {
+            "channel": x.new_empty(self.shape[:2]), "element": torch.empty(1, dtype=torch.int64),
+        }  # fmt: skip
+        mask, residual = masks.get(self.dropout), torch.empty_like(x) if self.residual else None
+        bits_saved = self.saves_bits
+        _, mean, invstd, bits = calls.batch_norm_act_fwd(
+            x, channels[0], channels[1], residual, mask, channels[2], channels[3], torch.zeros((), dtype=torch.int64),
+            self.training, 0.1, 1e-5, activation.code, activation.params, 2.0, bits_saved,
+        )  # fmt: skip
+        calls.batch_norm_act_bwd(
+            x, x, channels[0], channels[1], None if bits_saved else residual, bits if bits_saved else None, mask, mean,
+            invstd, self.training, activation.code, activation.params, 2.0, True, True, self.residual,
+        )  # fmt: skip
+
+    @property
+    def saves_bits(self) -> bool:
+        """Whether backward has bits instead of the residual."""
+        return self.residual and activations.resolve(ACTIVATIONS[self.act]).derivatives is not None
+
+    def full_size_accesses(self, kernel: str) -> tuple[int, int]:
+        """How many tensors of full size a kernel reads and writes."""
+        forward, backward = self.residual, self.residual and not self.saves_bits
+        written = self.residual + 1
+        return {
+            "batch_statistics": (1, 0),
+            "normalise": (1 + forward, 1),
+            "whole_forward": (1 + forward, 1),
+            "gradient_sums": (2 + backward, 0 if self.training else written),
+            "input_gradient": (2 + backward, written),
+            "whole_backward": (2 + backward, written),
+        }.get(kernel, (0, 0))
+
+
+# Large ones, whose channels are split, in both layouts; and what one program holds.
+LARGE = (128, 64, 32, 32)
+LAYERS = [
+    _Layer(LARGE, f32, False, "relu", "channel"),
+    _Layer(LARGE, bf16, False, "gelu", "element", True),
+    _Layer(LARGE, f32, True, "gelu", "element", True),
+    _Layer(LARGE, bf16, True, "relu", "channel", True),
+    _Layer(LARGE, bf16, True, "gelu", "element", True),
+    _Layer(LARGE, f16, False, "relu", "channel", True, training=False),
+    _Layer(LARGE, f32, True, "silu", training=False),
+    _Layer(LARGE, f64, False, "gelu"),
+    _Layer((128, 64, 14, 14), f32, False, "relu", "channel"),  # 196 places: 16 bytes, but no multiple of 16
+    _Layer((64, 64, 8, 8), f32, False, "gelu", "element", True),
+    _Layer((64, 64, 8, 8), bf16, False, "relu", "channel", True),
+    _Layer((100, 1024), f32, True, "gelu", "element", True),
+    _Layer((100, 1024), f16, True, "relu", "", True),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_triton_for_sm_90_moves_16_bytes_and_spills_nothing(layer: _Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _compile(H200, layer, monkeypatch)
+    assert found
+    for compiled in found:
+        usage, accesses = _audit(compiled.asm["cubin"])
+        assert usage["STACK"] == usage["LOCAL"] == 0, compiled.kernel
+        assert not any(name.startswith(("LDL", "STL")) for name in accesses), compiled.kernel
+        # Two programs of four warps at least find room for their registers on a multiprocessor's 65536.
+        assert usage["REG"] * 32 * max(compiled.warps, 8) <= 65536, compiled.kernel
+        reads, writes = layer.full_size_accesses(compiled.kernel)
+        each = compiled.elements_per_thread * layer.dtype.itemsize // 16
+        assert _wide(accesses, "LDG") >= reads * each, (compiled.kernel, accesses)
+        assert _wide(accesses, "STG") >= writes * each, (compiled.kernel, accesses)
+
+
+def _wide(accesses: Counter[str], kind: str) -> int:
+    return sum(count for name, count in accesses.items() if name.startswith(kind) and ".128" in name)
+
+
+def _audit(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
+    """Registers, stack and local memory; and how often each memory instruction stands in the machine code."""
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("cuobjdump", "-sass", file.name)
+    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return resources, Counter(re.findall(r"\b((?:LDG|STG|LDL|STL)[\w.]*)", code))
+
+
+def _tool(name: str, *arguments: str) -> str:
+    environment = os.environ | {"PATH": f"{_TOOLS}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(
+        [str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+
+
+@pytest.mark.parametrize("act", [act for act in ACTIVATIONS if "(" not in act or act == "gelu(tanh)"])
+def test_triton_activations_compile(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for compiled in _compile(H200, _Layer((8, 16, 4, 4), f32, False, act), monkeypatch):
+        assert ".local" not in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[3], LAYERS[10]], ids=str)
+def test_triton_for_gfx942_spills_nothing(layer: _Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMD's MI300: vector registers, and accesses of 16 bytes."""
+    for compiled in _compile(MI300, layer, monkeypatch):
+        code = compiled.asm["amdgcn"]
+        assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", code) == ["0"], compiled.kernel
+        reads, _ = layer.full_size_accesses(compiled.kernel)
+        assert not reads or re.search(r"(global|buffer)_load_dwordx4", code), compiled.kernel
+
+
+def test_triton_compiles_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tensor beyond 2**31 elements, whose memory nobody has."""
+    monkeypatch.setattr(plans, "WIDE_FROM", 2**20)
+    calls._plan.cache_clear()
+    found = _compile(H200, _Layer((128, 64, 32, 32), bf16, False, "relu", "channel", True), monkeypatch)
+    assert {compiled.wide for compiled in found if compiled.kernel in ("batch_statistics", "normalise")} == {True}
+
+
+def test_triton_dropout_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, seed = torch.empty(64, 32, 16, 16, dtype=bf16), torch.empty(1, dtype=torch.int64)
+
+    def run() -> None:
+        calls.dropout(x, x.new_empty(64, 32), 2.0)
+        calls.dropout(x, seed, 2.0)
+        calls.element_mask(seed, x, 2.0)
+
+    for compiled, reads in zip(_compile(H200, run, monkeypatch), (1, 1, 0), strict=True):
+        usage, accesses = _audit(compiled.asm["cubin"])
+        assert usage["STACK"] == usage["LOCAL"] == 0
+        assert _wide(accesses, "LDG") >= reads * compiled.elements_per_thread // 8
+
+
+class TestLaunches:
+    """The short way to a launch: what Triton compiled, found again, with the arguments in Triton's order."""
+
+    @pytest.fixture(autouse=True)
+    def _records(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        driver.set_active(NoGpu(H200))
+        monkeypatch.setattr(NoGpu, "launched", [])
+        launches._compiled.clear()
+        if not launches._IS_KNOWN:
+            pytest.skip("Triton of another version is asked to launch")
+        # Kernels are found per device by Triton, too.
+        monkeypatch.setattr(forward.normalise, "device_caches", type(forward.normalise.device_caches)(
+            forward.normalise.create_binder))  # fmt: skip
+
+    def test_triton_is_asked_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The second launch hands its driver the arguments that Triton's own launch hands over."""
+        for known in (True, True, False):
+            monkeypatch.setattr(launches, "_IS_KNOWN", known)
+            self._evaluate(torch.ones(16, 32, 16, 16))
+        first, second, by_triton = ([a for a in each if not isinstance(a, Tensor)] for each in NoGpu.launched or ())
+        # But for the metadata that profilers get: the seventh.
+        assert first[:6] + first[7:] == by_triton[:6] + by_triton[7:] == second[:6] + second[7:]
+
+    @pytest.mark.parametrize(
+        "other", [torch.ones(16, 32, 16, 16, dtype=bf16), torch.ones(8193)[1:].view(1, 32, 16, 16)]
+    )
+    def test_triton_compiles_again_for_other_dtypes_and_alignments(self, other: Tensor) -> None:
+        self._evaluate(torch.ones(16, 32, 16, 16))
+        self._evaluate(other)
+        assert len(launches._compiled) == 2
+
+    def test_triton_batch_sizes_share_what_is_compiled(self) -> None:
+        for batch in (16, 17, 31, 100, 1):
+            self._evaluate(torch.ones(batch, 32, 64, 64))
+        assert len({id(compiled) for compiled in launches._compiled.values()}) <= 2
+        assert len(NoGpu.launched or ()) == 5
+
+    def _evaluate(self, x: Tensor) -> Sequence[Tensor]:
+        statistics = (torch.zeros(32), torch.ones(32))
+        return calls.batch_norm_act_fwd(
+            x, None, None, None, None, *statistics, None, False, 0.1, 1e-5, 1, (0.0, 0.0, 0.0), 1.0, False
+        )
+
+
+def test_triton_cannot_serve_this_machine_without_gpu() -> None:
+    """Unless interpreted."""
+    if torch.cuda.is_available():
+        pytest.skip("it can")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        fl.set_backend("triton")
