@@ -45,6 +45,15 @@ def set_last_level_cache_bytes(size: int) -> int:
     return before
 
 
+def cuda_device(index: int) -> list[int]:
+    """Streaming multiprocessors of a GPU, bytes of shared memory of a block and of a processor, blocks of a cluster.
+
+    Raises RuntimeError where no CUDA kernels were compiled.
+    """
+    sizes: list[int] = _ops.cuda_device(index)
+    return sizes
+
+
 def cuda_plan(
     sizes: list[int],
     rows: bool,

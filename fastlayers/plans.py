@@ -35,17 +35,11 @@ class Explanation(NamedTuple):
 
 
 def current_gpu() -> Gpu:
-    """The current CUDA device, or an H200 where there is none."""
-    if not torch.cuda.is_available() or torch.version.hip is not None:
+    """The current CUDA device, or an H200 where there is none, or no CUDA kernels for it."""
+    if not torch.cuda.is_available() or not ops.build_info()["cuda"]:
         return H200
-    device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return Gpu(
-        device.name,
-        device.multi_processor_count,
-        device.shared_memory_per_block_optin,
-        device.shared_memory_per_multiprocessor,
-        8 if device.major >= 9 else 1,
-    )
+    index = torch.cuda.current_device()
+    return Gpu(torch.cuda.get_device_name(index), *ops.cuda_device(index))
 
 
 def explain(

@@ -89,12 +89,11 @@ def test_second_order_gradients_emulated(act: str, mode: str, with_residual: boo
     x, weight, bias = _inputs(f64)
     residual = torch.randn(3, 5, 4, 6, dtype=f64, requires_grad=True) if with_residual else None
 
-    def operator(*tensors: Tensor) -> Tensor:
+    def operator(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
         torch.manual_seed(3)
         return fl.functional.batch_norm_act(
-            tensors[0], None, None, *tensors[1:3], training=True, residual=tensors[3] if with_residual else None,
-            act=act, drop_p=0.3, drop_mode=mode,
-        )  # fmt: skip
+            x, None, None, weight, bias, training=True, residual=residual, act=act, drop_p=0.3, drop_mode=mode
+        )
 
     inputs = tuple(t for t in (x, weight, bias, residual) if t is not None)
     assert torch.autograd.gradcheck(operator, inputs, fast_mode=True)

@@ -30,6 +30,17 @@ void set_cpu_capability(std::string name) {
   STD_TORCH_CHECK(false, "cpu capability should be baseline, avx2 or avx512, not ", name);
 }
 
+// What planning has to know of a GPU of this machine.
+std::vector<std::int64_t> cuda_device(std::int64_t index) {
+#if FASTLAYERS_HAVE_CUDA
+  const cuda::Device gpu = cuda::device(static_cast<int>(index));
+  return {gpu.processors, static_cast<std::int64_t>(gpu.shared_bytes),
+          static_cast<std::int64_t>(gpu.shared_per_processor), gpu.max_cluster};
+#else
+  STD_TORCH_CHECK(false, "fastlayers was compiled without CUDA kernels and cannot ask for GPU ", index);
+#endif
+}
+
 // Which CUDA kernels would run, and why, for a tensor of (batch, channels, spatial) elements.
 std::string cuda_plan(std::vector<std::int64_t> shape, bool rows, torch::headeronly::ScalarType dtype,
                       std::int64_t activation, bool training, bool backward, std::vector<std::int64_t> device) {
@@ -64,6 +75,7 @@ STABLE_TORCH_LIBRARY(fastlayers, m) {
   m.def("cpu_capability() -> str");
   m.def("set_cpu_capability(str name) -> ()");
   m.def("set_last_level_cache_bytes(int bytes) -> int");
+  m.def("cuda_device(int index) -> int[]");
   m.def(
       "cuda_plan(int[] shape, bool rows, ScalarType dtype, int activation, bool training, bool backward, int[] device) "
       "-> str");
@@ -90,6 +102,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlayers, CUDA, m) {
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(fastlayers, CompositeExplicitAutograd, m) {
+  m.impl("cuda_device", TORCH_BOX(&fastlayers::cuda_device));
   m.impl("cuda_plan", TORCH_BOX(&fastlayers::cuda_plan));
   m.impl("cpu_capability", TORCH_BOX(&fastlayers::cpu_capability));
   m.impl("set_cpu_capability", TORCH_BOX(&fastlayers::set_cpu_capability));

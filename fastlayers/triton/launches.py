@@ -1,6 +1,6 @@
 """Launches of kernels, with little time in Python.
 
-Triton's own way to a launch binds and specialises some forty arguments each time (docs/gpu.md has the figures). Here
+Triton's own way to a launch binds and specialises some forty arguments each time (docs/triton.md has the figures). Here
 what it compiled for arguments of the same kind is looked up and handed to its driver as Triton itself would.
 """
 
