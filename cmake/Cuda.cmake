@@ -75,6 +75,7 @@ if(FASTLAYERS_HAVE_CUDA)
     # A kernel whose registers or arrays end up in memory is slow without a word; so it does not compile.
     -Xptxas --warn-on-spills,--warn-on-local-memory-usage,--warning-as-error)
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+    # 1.3 instead of 9.8 MB for each architecture.
     list(APPEND FASTLAYERS_CUDA_FLAGS --compress-mode=size)
   endif()
   fastlayers_cuda_archs(FASTLAYERS_CUDA_ARCHS "${FASTLAYERS_CUDA_ARCH_LIST}" ${CMAKE_CUDA_COMPILER_VERSION})

@@ -63,6 +63,7 @@ class TestThreads:
         got = run(in_any_order, "reverse_block", 2 * threads, grid=[2], block=[threads], shared_bytes=4 * threads)
         assert (got == np.arange(2 * threads).reshape(2, threads)[:, ::-1].ravel()).all()
 
+    @pytest.mark.sanitizers_see_it
     def test_take_turns_in_the_order_that_was_set(self, emulated: ModuleType) -> None:
         def last(name: str, order: str, **launch: Any) -> int:
             emulated.set_order(getattr(emulated.Order, order), seed=3)
@@ -73,6 +74,7 @@ class TestThreads:
             assert last(name, "down", **launch) == 0
             assert last(name, "random", **launch) == last(name, "random", **launch) not in (0, 49)
 
+    @pytest.mark.sanitizers_see_it
     def test_take_other_turns_with_another_seed(self, emulated: ModuleType) -> None:
         seen = set()
         for seed in range(10):
@@ -87,6 +89,7 @@ class TestSharedMemory:
         assert np.isnan(got.view(np.float32)).all()
         assert np.isnan(got.view(np.float64)).all()
 
+    @pytest.mark.sanitizers_see_it
     def test_shows_a_missing_barrier(self, emulated: ModuleType) -> None:
         got = run(emulated, "reverse_block_without_barrier", 32, shared_bytes=128)
         assert not (got == np.arange(32)[::-1]).all()
