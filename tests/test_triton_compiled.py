@@ -211,10 +211,11 @@ def test_triton_dropout_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run() -> None:
         calls.dropout(x, x.new_empty(64, 32), 2.0)
+        calls.dropout(x, torch.empty(64, 32, dtype=torch.bool), 2.0)
         calls.dropout(x, seed, 2.0)
         calls.element_mask(seed, x, 2.0)
 
-    for compiled, reads in zip(_compile(H200, run, monkeypatch), (1, 1, 0), strict=True):
+    for compiled, reads in zip(_compile(H200, run, monkeypatch), (1, 1, 1, 0), strict=True):
         usage, accesses = _audit(compiled.asm["cubin"])
         assert usage["STACK"] == usage["LOCAL"] == 0
         assert _wide(accesses, "LDG") >= reads * compiled.elements_per_thread // 8
