@@ -39,7 +39,7 @@ def processes() -> Iterator[dict[str, subprocess.Popen[str]]]:
     yield started
     for process in started.values():
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 @pytest.mark.timeout(900)  # they take a minute; on a busy machine, some
