@@ -7,31 +7,48 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 INTERPRETED = Path(__file__).with_name("test_triton_interpreted.py")
+PARTS = ("test_triton_every_pair_of_choices", "not test_triton_every_pair_of_choices")
 
 
-@pytest.mark.timeout(900)  # it takes a minute; a busy machine, some
-@pytest.mark.parametrize("tests", ["test_triton_every_pair_of_choices", "not test_triton_every_pair_of_choices"])
-def test_triton_in_its_interpreter(tests: str) -> None:
-    """All pass there, and none is left out."""
+@pytest.fixture(scope="module")
+def processes() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """One for each part of the tests, at the same time: each keeps one processor busy."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if torch.cuda.is_available():
         pytest.skip("with --device cuda they run on the GPU itself")
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(INTERPRETED), "-k", tests],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=INTERPRETED.parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", process.stdout)
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(INTERPRETED), "-k"]
+    started = {
+        part: subprocess.Popen(
+            [*command, part],
+            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            cwd=INTERPRETED.parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for part in PARTS
+    }
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.timeout(900)  # they take a minute; on a busy machine, some
+@pytest.mark.parametrize("part", PARTS)
+def test_triton_in_its_interpreter(part: str, processes: dict[str, subprocess.Popen[str]]) -> None:
+    """All pass there, and none is left out."""
+    output, _ = processes[part].communicate()
+    assert processes[part].returncode == 0, output[-8000:]
+    passed = re.search(r"(\d+) passed", output)
     assert passed is not None
     assert int(passed[1]) > 50
-    assert "skipped" not in process.stdout
+    assert "skipped" not in output

@@ -83,7 +83,7 @@ class _Layer(NamedTuple):
     residual: bool = False
     training: bool = True
 
-    def __call__(self) -> None:
+    def run(self) -> None:
         """Runs both, on memory that nobody reads."""
         activation = activations.resolve(ACTIVATIONS[self.act])
         x = torch.empty(self.shape, dtype=self.dtype)
@@ -144,7 +144,7 @@ LAYERS = [
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_triton_for_sm_90_moves_16_bytes_and_spills_nothing(layer: _Layer, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = _compile(H200, layer, monkeypatch)
+    found = _compile(H200, layer.run, monkeypatch)
     assert found
     for compiled in found:
         usage, accesses = _audit(compiled.asm["cubin"])
@@ -184,14 +184,14 @@ def _tool(name: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize("act", [act for act in ACTIVATIONS if "(" not in act or act == "gelu(tanh)"])
 def test_triton_activations_compile(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for compiled in _compile(H200, _Layer((8, 16, 4, 4), f32, False, act), monkeypatch):
+    for compiled in _compile(H200, _Layer((8, 16, 4, 4), f32, False, act).run, monkeypatch):
         assert ".local" not in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[3], LAYERS[10]], ids=str)
 def test_triton_for_gfx942_spills_nothing(layer: _Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     """AMD's MI300: vector registers, and accesses of 16 bytes."""
-    for compiled in _compile(MI300, layer, monkeypatch):
+    for compiled in _compile(MI300, layer.run, monkeypatch):
         code = compiled.asm["amdgcn"]
         assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", code) == ["0"], compiled.kernel
         reads, _ = layer.full_size_accesses(compiled.kernel)
@@ -202,7 +202,7 @@ def test_triton_compiles_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> 
     """Of a tensor beyond 2**31 elements, whose memory nobody has."""
     monkeypatch.setattr(plans, "WIDE_FROM", 2**20)
     calls._plan.cache_clear()
-    found = _compile(H200, _Layer((128, 64, 32, 32), bf16, False, "relu", "channel", True), monkeypatch)
+    found = _compile(H200, _Layer((128, 64, 32, 32), bf16, False, "relu", "channel", True).run, monkeypatch)
     assert {compiled.wide for compiled in found if compiled.kernel in ("batch_statistics", "normalise")} == {True}
 
 
@@ -211,10 +211,11 @@ def test_triton_dropout_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run() -> None:
         calls.dropout(x, x.new_empty(64, 32), 2.0)
+        calls.dropout(x, torch.empty(64, 32, dtype=torch.bool), 2.0)
         calls.dropout(x, seed, 2.0)
         calls.element_mask(seed, x, 2.0)
 
-    for compiled, reads in zip(_compile(H200, run, monkeypatch), (1, 1, 0), strict=True):
+    for compiled, reads in zip(_compile(H200, run, monkeypatch), (1, 1, 1, 0), strict=True):
         usage, accesses = _audit(compiled.asm["cubin"])
         assert usage["STACK"] == usage["LOCAL"] == 0
         assert _wide(accesses, "LDG") >= reads * compiled.elements_per_thread // 8

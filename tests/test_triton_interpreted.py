@@ -28,7 +28,7 @@ _PROBLEM = backends._problem_of_triton("cpu", None) if os.environ.get("TRITON_IN
 if _PROBLEM is not None and not torch.cuda.is_available():
     pytest.skip("TRITON_INTERPRET=1 has to be set from the start: test_triton.py does", allow_module_level=True)
 
-from fastlayers.triton import calls, layouts, ops, plans  # noqa: E402  (Triton may not be there)
+from fastlayers.triton import calls, launches, layouts, ops, plans  # noqa: E402  (Triton may not be there)
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -102,7 +102,7 @@ class _Guarded:
         self.flat = original.as_strided((size,), (1,), original.storage_offset())
         places = torch.arange(size).as_strided(original.shape, original.stride()).reshape(-1)
         # In steps of 16 bytes, so that the copy is as aligned as the original.
-        begin = self.MARGIN + original.storage_offset() % self.MARGIN
+        begin = self.MARGIN + int(original.storage_offset()) % self.MARGIN
         self.places, self.moved = places, begin + places
         self.memory = self._canaries(begin + size + self.MARGIN)
         self.memory[self.moved] = self.flat[places]
@@ -128,7 +128,7 @@ def _guards(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Puts canaries around all that a kernel is given."""
     if device.type != "cpu":
         return
-    launch = calls.launch
+    launch = launches.launch
 
     def guarded(kernel: Any, grid: Any, pointers: Sequence[Tensor | None], *args: Any) -> None:
         guards = [None if t is None else _Guarded(t) for t in pointers]
@@ -420,7 +420,7 @@ def test_triton_double_backward(case: Case, device: torch.device) -> None:
         leaves = sample.fresh()
         tensors = [t for t in (leaves.input, leaves.residual, leaves.weight, leaves.bias) if t is not None]
         first = torch.autograd.grad(operator(leaves).sin().sum(), tensors, create_graph=True)
-        return torch.autograd.grad(sum(g.sin().sum() for g in first), tensors, materialize_grads=True)
+        return torch.autograd.grad(torch.stack([g.sin().sum() for g in first]).sum(), tensors, materialize_grads=True)
 
     for got, expected in zip(second_order(fused), second_order(exact), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)

@@ -7,6 +7,7 @@ the driver's own time.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from fastlayers.triton import calls, launches
 
 H200 = GPUTarget("cuda", 90, 32)
 SHAPE = (2, 16, 8, 8)
+CALLS, ROUNDS = 50, 60
 
 
 class _Launcher:
@@ -81,15 +83,18 @@ class NoGpu:
         return torch.device("cpu")
 
 
-def microseconds(call: Callable[[], object], calls: int = 300, rounds: int = 15) -> float:
-    """The median over rounds of the mean time of a call."""
-    times = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - begin) / calls)
-    return statistics.median(times[1:]) * 1e6
+def microseconds(contenders: dict[str, tuple[Callable[[], object], Callable[[], Any]]]) -> dict[str, float]:
+    """The median time of a call of each contender, in its context; they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS):
+        for name, (call, context) in contenders.items():
+            with context():
+                call()
+                begin = time.perf_counter()
+                for _ in range(CALLS):
+                    call()
+                times[name].append((time.perf_counter() - begin) / CALLS * 1e6)
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
 def _training_step(layer: Callable[[Tensor], Tensor]) -> Callable[[], object]:
@@ -118,21 +123,17 @@ def main() -> None:
     fl.backends._problem("triton", "cpu", None)  # imports the operators
     fused = _training_step(_fused(fl.BatchNormAct2d(SHAPE[1])))
     eager = _training_step(nn.Sequential(nn.BatchNorm2d(SHAPE[1]), nn.ReLU(), nn.Dropout2d(0.5)))
+    contenders: dict[str, tuple[Callable[[], object], Callable[[], Any]]] = {
+        "torch's BatchNorm2d, ReLU, Dropout2d, with their CPU kernels": (eager, contextlib.nullcontext),
+        "Triton backend, what is compiled looked up and launched": (fused, contextlib.nullcontext),
+        "Triton backend, by Triton's own way": (fused, lambda: patch.object(launches, "_IS_KNOWN", False)),
+        "Triton backend, without launches": (fused, lambda: patch.object(calls, "launch", lambda *_: None)),
+    }
     with patch.object(driver, "_active", NoGpu(H200)):
         fused()
-        short = microseconds(fused)
-        with patch.object(launches, "_IS_KNOWN", False):
-            fused()
-            by_triton = microseconds(fused)
-        with patch.object(calls, "launch", lambda *_: None):
-            without = microseconds(fused)
+        found = microseconds(contenders)
     print(f"microseconds for forward and backward at {SHAPE}, torch {torch.__version__}, one thread")
-    for name, value in (
-        ("torch's BatchNorm2d, ReLU, Dropout2d, with its CPU kernels", microseconds(eager)),
-        ("Triton backend, launches handed over directly", short),
-        ("Triton backend, launches by Triton's own way", by_triton),
-        ("Triton backend, without launches", without),
-    ):
+    for name, value in found.items():
         print(f"{value:7.1f}  {name}")
 
 
