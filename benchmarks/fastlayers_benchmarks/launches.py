@@ -118,7 +118,7 @@ def _fused(module: fl.BatchNormAct2d) -> Callable[[Tensor], Tensor]:
 
 
 def main() -> None:
-    """Prints the table of docs/gpu.md."""
+    """Prints the table of docs/triton.md."""
     torch.set_num_threads(1)
     fl.backends._problem("triton", "cpu", None)  # imports the operators
     fused = _training_step(_fused(fl.BatchNormAct2d(SHAPE[1])))
