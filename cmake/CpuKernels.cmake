@@ -12,7 +12,7 @@ set(isa_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf
 set(isa_flags_avx2 -mavx2 -mfma -mf16c)
 set(isa_flags_baseline)
 if("avx2" IN_LIST FASTLAYERS_ISAS)
-  # Only for processors of before 2013: -O3 takes two and a half times as long to compile, for 2 to 12 % of the time.
+  # Only for processors of before 2013: -O3 takes two and a half times as long to compile, for 2 to 13 % of the time (one forward with GELU: 28 %).
   set(isa_flags_baseline -O1)
 endif()
 
