@@ -201,6 +201,8 @@ class Machine {
   std::vector<Block> blocks_;
   std::vector<Barrier> cluster_barriers_;
   std::vector<std::uint32_t> order_;
+  // A thread comes after the one that had its stack before. Under the thread sanitizer stacks change hands, so that
+  // this orders no two threads of the same number, which are the likeliest to use the same memory.
   std::vector<char*> stacks_;
   // Under the thread sanitizer every block has memory of its own until the launch ends. Blocks are then ordered by
   // nothing but what the kernel does, and no reuse of memory looks like a race.
@@ -283,7 +285,6 @@ void Machine::arrange(const Launch& launch) {
   for (std::size_t i = 0; i < count; ++i) {
     Thread& thread = threads_[i];
     const std::size_t place = i / per_block, in_block = i % per_block;
-    thread.stack = stacks_[i];
     thread.lane = in_block % kWarp;
     thread.in = &blocks_[place];
     thread.warp = &warps_[place * warps + in_block / kWarp];
@@ -298,6 +299,7 @@ void Machine::arrange(const Launch& launch) {
 }
 
 void Machine::begin(const Launch& launch, std::uint64_t first_block) {
+  if (kThreadSanitizer) std::rotate(stacks_.begin(), stacks_.begin() + 1, stacks_.begin() + order_.size());
   for (std::size_t place = 0; place < blocks_.size(); ++place) begin_block(launch, place, first_block + place);
   for (Warp& warp : warps_) warp.meetings.clear();
   grid_barrier_.arrived = 0;
@@ -327,6 +329,7 @@ void Machine::begin_block(const Launch& launch, std::size_t place, std::uint64_t
   }
   for (Thread* thread = first; thread != first + per_block; ++thread) {
     thread->state = State::ready;
+    thread->stack = stacks_[static_cast<std::size_t>(thread - threads_.data())];
     prepare(thread->context, thread->stack, stack_bytes(), thread_main);
   }
 }
@@ -366,12 +369,14 @@ void Machine::thread_main() {
   Machine& m = machine();
   entered(m.main_);
   happens_after(&m.launch_);
+  happens_after(m.current_->stack);
   try {
     m.launch_->body();
   } catch (...) {
     if (!m.error_) m.error_ = std::current_exception();
   }
   happens_before(&m.error_);
+  happens_before(m.current_->stack);
   m.current_->state = State::done;
   m.leave();
 }
