@@ -75,11 +75,12 @@ def test_nothing_waits_for_the_gpu(gpu: torch.device) -> None:
     layer, x = _layer_and_input(gpu, drop_p=0.4)
     x.requires_grad_()
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # whatever waits raises
     try:
         layer(x).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode(before)
+    assert x.grad is not None
 
 
 def _captured(step_inputs: tuple[fl.BatchNormAct2d, Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
@@ -106,7 +107,7 @@ def test_a_graph_does_what_was_captured(gpu: torch.device) -> None:
         x.copy_(torch.randn_like(x) * 3 + 1)
     statistics = layer.running_mean.clone()  # type: ignore[union-attr]  # Tensor | None in torch's module
     graph.replay()
-    replayed = layer.running_mean.clone()  # type: ignore[union-attr]
+    replayed = layer.running_mean.clone()  # type: ignore[union-attr]  # the same
     expected = layer(x)
     (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
     assert torch.equal(output, expected)

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -29,13 +29,14 @@ SHAPES = [(9, 7), (5, 20, 9), (4, 6, 5, 3), (2, 9, 3, 2, 3)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 P = [0.0, 0.3, 1.0]
 SEED = 7
+_Drawn = TypeVar("_Drawn")
 
 
 def _generator_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _seeded(draw: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def _seeded(draw: Callable[[], _Drawn], device: torch.device) -> tuple[_Drawn, Tensor]:
     """What `draw` returns from a fixed seed, and the generator's state after it."""
     torch.manual_seed(SEED)
     return draw(), _generator_state(device)
@@ -443,12 +444,13 @@ class TestMasksOfGpus:
     @pytest.mark.parametrize("p", P)
     def test_channels_are_those_of_dropout2d(self, p: float, dtype: torch.dtype, device: torch.device) -> None:
         x = torch.ones(4, 6, 5, 3, dtype=dtype, device=device)
-        mask, state = _seeded(lambda: masks.draw_for_gpu_kernels(x, p, "channel", True), device)  # type: ignore[arg-type,return-value]
+        mask, state = _seeded(lambda: masks.draw_for_gpu_kernels(x, p, "channel", True), device)
         expected, expected_state = _seeded(lambda: F.dropout2d(x, p), device)
         assert torch.equal(state, expected_state)
         if p == 0:
             assert mask is None
         else:
+            assert mask is not None
             assert mask.dtype == dtype
             assert torch.equal(mask.bool(), expected[:, :, 0, 0] != 0)
 
