@@ -1,0 +1,157 @@
+"""What a run leaves behind: a folder of its own, found again by what was trained, and its result in one JSON file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fastlayers.studies.config import Training
+
+Layers = Literal["fastlayers", "torch"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+RESULT_FILE = "result.json"
+FAILURE_FILE = "failure.txt"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Job(_Frozen):
+    """One run to do: what to train, as the command line left it, and with which layers, seed and precision.
+
+    `published` is the key of the training as the report describes it, before the command line changed epochs, data set
+    or fraction; studies find their runs by it.
+    """
+
+    published: str
+    training: Training
+    layers: Layers = "fastlayers"
+    seed: int = 0
+    precision: Precision = "float32"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's files are, below the folder of all runs."""
+        training = self.training
+        what = re.sub(r"[^a-z0-9_]", "", training.network.name)
+        precision = "" if self.precision == "float32" else f"-{self.precision}"
+        return Path(f"{training.dataset}-{what}-{training.key}", f"{self.layers}{precision}-seed{self.seed}")
+
+
+class Epoch(_Frozen):
+    """What one epoch, counted from 1, measured; `seconds` are of training alone.
+
+    Training loss and accuracy are means over the epoch's batches, in training mode. Where there is a validation set, it
+    is evaluated, otherwise the test set, in every epoch or every few.
+    """
+
+    epoch: int
+    seconds: float
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+
+
+class Environment(_Frozen):
+    """Where a run ran."""
+
+    device: str
+    threads: int
+    processes: int
+    torch: str
+    fastlayers: str
+    backend: str
+
+
+class Result(_Frozen):
+    """A finished run.
+
+    `test_*` are of the scored weights: those that were best in validation, in epoch `scored_epoch`, or the last ones where there is no
+    validation set.
+    """
+
+    job: Job
+    history: tuple[Epoch, ...]
+    scored_epoch: int
+    test_loss: float
+    test_accuracy: float
+    seconds: float
+    train_images: int
+    validation_images: int
+    test_images: int
+    parameters: int
+    state_mib: float
+    environment: Environment
+
+    @property
+    def best_val_accuracy(self) -> float | None:
+        """The largest validation accuracy of any epoch."""
+        found = [epoch.val_accuracy for epoch in self.history if epoch.val_accuracy is not None]
+        return max(found, default=None)
+
+
+class Store:
+    """The runs below one folder, `OUT/runs`."""
+
+    def __init__(self, out: Path) -> None:
+        self.root = out / "runs"
+
+    def folder(self, job: Job) -> Path:
+        """The folder of a run, which may not exist yet."""
+        return self.root / job.folder
+
+    def is_finished(self, job: Job) -> bool:
+        """Whether the run has a result."""
+        return (self.folder(job) / RESULT_FILE).is_file()
+
+    def write(self, result: Result) -> None:
+        """Files the result, as a whole or not at all."""
+        write_whole(self.folder(result.job) / RESULT_FILE, result.model_dump_json(indent=1))
+
+    def results(self) -> Iterator[Result]:
+        """Every result there is, in order of the folders' names.
+
+        Raises ResultError for a file that is no result.
+        """
+        for path in sorted(self.root.glob(f"*/*/{RESULT_FILE}")):
+            yield read_result(path)
+
+    def failures(self) -> dict[str, str]:
+        """The last line of what every failed run left, by the name of its folder."""
+        found = sorted(self.root.glob(f"*/*/{FAILURE_FILE}"))
+        lines = {str(path.parent.relative_to(self.root)): path.read_text(encoding="utf-8").splitlines() for path in found}
+        return {name: text[-1] for name, text in lines.items() if text}
+
+
+class ResultError(Exception):
+    """A file is not the result of a run; the message says which and why."""
+
+
+def read_result(path: Path) -> Result:
+    """The result in a JSON file; ResultError where it is none."""
+    try:
+        return Result.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ResultError(f"{path} is not the result of a run: {error.errors()[0]['msg']}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file by way of another, so that nobody ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
