@@ -15,6 +15,7 @@ COMMANDS = {
     "bench": "fastlayers_benchmarks.command:bench",
     "info": "fastlayers.info:info",
     "quickstart": "fastlayers.experiments.command:quickstart",
+    "study": "fastlayers.studies.command:study",
 }
 
 

@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 DatasetName = Literal["cifar10", "mnist", "digits"]
-PlotName = Literal["curves", "bars", "against_x", "schedules", "landscape", "focal", "activation_slopes", "seconds_per_epoch"]
+PlotName = Literal[
+    "curves", "bars", "against_x", "schedules", "landscape", "focal", "activation_slopes", "seconds_per_epoch"
+]
 
 
 class _Frozen(BaseModel):
@@ -82,7 +84,7 @@ class Training(_Frozen):
     augmentation: Augmentation = Augmentation()
     epochs: PositiveInt
     batch_size: PositiveInt
-    validation_images: NonNegativeInt = 0
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     test_every: PositiveInt = 1
     patience: PositiveInt | None = None
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -91,8 +93,8 @@ class Training(_Frozen):
 
     @property
     def key(self) -> str:
-        """Ten digits that tell this training from any other."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """Ten digits that tell this training from any other; a setting that is added later, at its default, keeps them."""
+        text = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -167,9 +169,9 @@ def study(name: str) -> Study:
 def read_report(letter: str, text: str) -> Report:
     """The report in a TOML text.
 
-    `[defaults]` holds for every run, `[base.NAME]` for those that say ``base = "NAME"``, a study's `training` for all of
-    its runs; what a run says itself counts most. A network is described as a whole or changed key by key: naming
-    another one starts anew.
+    `[defaults]` holds for every run, `[base.NAME]` for those that say ``base = "NAME"``, a study's `training` for all
+    of its runs; what a run says itself counts most. A table is changed key by key, but for one that names another
+    network, optimizer, schedule or loss: that starts anew.
 
     Raises pydantic.ValidationError, a ValueError, which names what is wrong, and KeyError for an unknown base.
     """
@@ -211,7 +213,9 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        is_change = isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name") in (None, old.get("name"))
+        is_change = (
+            isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name") in (None, old.get("name"))
+        )
         merged[key] = _merged(old, value) if is_change else value  # type: ignore[arg-type]  # is_change says so
     return merged
 

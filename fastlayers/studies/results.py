@@ -20,7 +20,8 @@ FAILURE_FILE = "failure.txt"
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # The losses of a training that diverged are NaN, also in JSON.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class Job(_Frozen):
@@ -77,8 +78,8 @@ class Environment(_Frozen):
 class Result(_Frozen):
     """A finished run.
 
-    `test_*` are of the scored weights: those that were best in validation, in epoch `scored_epoch`, or the last ones where there is no
-    validation set.
+    `test_*` are of the weights after epoch `scored_epoch`: those that were best in validation, or the last ones where
+    there is no validation set. `seconds` are of training and evaluation together.
     """
 
     job: Job
@@ -130,7 +131,9 @@ class Store:
     def failures(self) -> dict[str, str]:
         """The last line of what every failed run left, by the name of its folder."""
         found = sorted(self.root.glob(f"*/*/{FAILURE_FILE}"))
-        lines = {str(path.parent.relative_to(self.root)): path.read_text(encoding="utf-8").splitlines() for path in found}
+        lines = {
+            str(path.parent.relative_to(self.root)): path.read_text(encoding="utf-8").splitlines() for path in found
+        }
         return {name: text[-1] for name, text in lines.items() if text}
 
 
@@ -146,12 +149,12 @@ def read_result(path: Path) -> Result:
         raise ResultError(f"{path} is not the result of a run: {error.errors()[0]['msg']}") from error
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file by way of another, so that nobody ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
