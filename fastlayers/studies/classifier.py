@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -128,7 +129,9 @@ class Classifier(pl.LightningModule):
         checkpoint["wall_seconds"] = self.wall_seconds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes it back."""
+        """Takes it back, unless the checkpoint is loaded to test its weights."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
         self.history = [Epoch.model_validate(epoch) for epoch in checkpoint["history"]]
         self.wall_seconds = checkpoint["wall_seconds"]
 

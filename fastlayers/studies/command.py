@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from fastlayers.studies.config import Run, Study, Training
     from fastlayers.studies.results import Job
+    from fastlayers.studies.runner import Machine
     from fastlayers.studies.sweep import Finished
 
 OUT = Path("studies")
@@ -126,6 +127,7 @@ def run_studies(ctx: click.Context, names: Sequence[str], ray: str | None, out: 
     machine = Machine(out=out.resolve(), **{key: options[key] for key in Machine.model_fields if key in options})
     jobs = list(_jobs(_chosen(names, options["only"]), options, console))
     console.print(f"{len(jobs)} runs, results in {out}", highlight=False)
+    _check_data(jobs, machine)
     if ray:
         finished = sweep.by_ray(jobs, machine, None if ray == "local" else ray)
     else:
@@ -225,11 +227,24 @@ def _changed(training: Training, options: dict[str, Any], stand_ins: set[str]) -
     return training.model_copy(update=changes)
 
 
+def _check_data(jobs: Iterable[Job], machine: Machine) -> None:
+    """Loads every data set once: what is missing is fetched before several processes want it, or said at once."""
+    from fastlayers.data import DataError
+    from fastlayers.studies import runner
+
+    trainings = {(job.training.dataset, job.training.fraction): job.training for job in jobs}
+    try:
+        for training in trainings.values():
+            runner.load(training, machine)
+    except (DataError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+
 def _tell(console: Console, finished: Finished) -> bool:
     """Says what became of a run; whether it failed."""
     name = finished.job.folder
     if finished.outcome == "failed":
-        console.print(f"[red]failed[/] {name}: {finished.reason}", highlight=False, markup=True)
+        console.print(f"failed: {name}: {finished.reason}", highlight=False, markup=False, style="red")
     else:
         console.print(f"{finished.outcome}: {name}", highlight=False)
     return finished.outcome == "failed"

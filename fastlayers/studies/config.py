@@ -93,7 +93,7 @@ class Training(_Frozen):
 
     @property
     def key(self) -> str:
-        """Ten digits that tell this training from any other. A setting that is added later, at its default, keeps them."""
+        """Ten digits that tell this training from any other. A setting added later, at its default, keeps them."""
         text = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 

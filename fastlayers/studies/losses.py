@@ -12,38 +12,40 @@ from fastlayers.studies.config import Loss
 
 
 class _OneHot(nn.Module):
-    """A loss between outputs and one-hot targets: summed or averaged over the classes, averaged over the batch."""
+    """A loss between the outputs and one-hot targets."""
 
-    def __init__(self, elementwise: nn.Module, *, sum_over_classes: bool = False) -> None:
+    def __init__(self, loss: nn.Module) -> None:
         super().__init__()
-        self.elementwise = elementwise
-        self.sum_over_classes = sum_over_classes
+        self.loss = loss
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
-        each = self.elementwise(logits, targets)
-        mean: Tensor = each.sum(1).mean() if self.sum_over_classes else each.mean()
-        return mean
+        loss: Tensor = self.loss(logits, F.one_hot(labels, logits.shape[1]).to(logits.dtype))
+        return loss
 
 
-class _Hinge(nn.MultiMarginLoss):
-    """Sum over the wrong classes j of max(0, margin - x_label + x_j), of which torch's loss is the C-th part.
+class _SummedOverClasses(nn.Module):
+    """A loss that averages over images and classes, times the number of classes."""
 
-    Weston and Watkins 1999, "Support Vector Machines for Multi-Class Pattern Recognition", section 3.
-    """
+    def __init__(self, averaged: nn.Module) -> None:
+        super().__init__()
+        self.averaged = averaged
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return input.shape[1] * super().forward(input, target)
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = logits.shape[1] * self.averaged(logits, labels)
+        return loss
 
 
 _LOSSES: dict[str, Callable[[Loss], nn.Module]] = {
     "cross_entropy": lambda loss: nn.CrossEntropyLoss(),
-    "smooth_l1": lambda loss: _OneHot(nn.SmoothL1Loss(reduction="none")),
-    "bce_with_logits": lambda loss: _OneHot(nn.BCEWithLogitsLoss(reduction="none")),
-    "mse": lambda loss: _OneHot(nn.MSELoss(reduction="none"), sum_over_classes=True),
-    "hinge": lambda loss: _Hinge(margin=loss.margin),
-    # Lin et al. 2017, https://arxiv.org/abs/1708.02002, equation 4; no weights of classes.
-    "focal": lambda loss: FocalLoss(alpha=None, gamma=loss.gamma, reduction="mean"),
+    "smooth_l1": lambda loss: _OneHot(nn.SmoothL1Loss()),
+    "bce_with_logits": lambda loss: _OneHot(nn.BCEWithLogitsLoss()),
+    "mse": lambda loss: _SummedOverClasses(_OneHot(nn.MSELoss())),
+    # The sum over the wrong classes j of max(0, margin - x_label + x_j): Weston and Watkins 1999, "Support Vector
+    # Machines for Multi-Class Pattern Recognition", section 3.
+    "hinge": lambda loss: _SummedOverClasses(nn.MultiMarginLoss(margin=loss.margin)),
+    # Lin et al. 2017, https://arxiv.org/abs/1708.02002, equation 4. kornia averages over the classes, too, of
+    # which all but the label's are zero.
+    "focal": lambda loss: _SummedOverClasses(FocalLoss(alpha=None, gamma=loss.gamma, reduction="mean")),
 }
 
 

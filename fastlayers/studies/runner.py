@@ -58,6 +58,14 @@ class Machine(BaseModel):
         return self.devices * self.nodes
 
 
+def share_of_batch(batch_size: int, processes: int) -> int:
+    """How many images of a batch each process takes; ValueError where they cannot all take as many."""
+    share, rest = divmod(batch_size, processes)
+    if rest:
+        raise ValueError(f"batch_size: {batch_size} cannot be shared by {processes} processes")
+    return share
+
+
 class _ProgressBar(TQDMProgressBar):
     """Lightning's, without the number of a version."""
 
@@ -103,9 +111,7 @@ class Images(pl.LightningDataModule):
     def _loader(self, split: data.Split, batch_size: int, shuffle: bool) -> DataLoader[Batch]:
         assert self.trainer is not None
         rank, processes = self.trainer.global_rank, self.trainer.world_size
-        share, rest = divmod(batch_size, processes)
-        if rest:
-            raise ValueError(f"batch_size: {batch_size} cannot be shared by {processes} processes")
+        share = share_of_batch(batch_size, processes)
         return data.loader(split, share, shuffle=shuffle, seed=self.seed, rank=rank, world_size=processes)
 
 
@@ -136,7 +142,7 @@ def run(job: Job, machine: Machine) -> Result | None:
 def _train(job: Job, machine: Machine, folder: Path) -> Result | None:
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
-    images = _load(job.training.dataset, machine.data_dir, job.training.fraction, machine.download)
+    images = load(job.training, machine)
     module = Images(images, job.training, job.seed)
     with _quiet():
         torch.manual_seed(job.seed)
@@ -155,6 +161,11 @@ def _train(job: Job, machine: Machine, folder: Path) -> Result | None:
     return _result(job, machine, module, classifier, scores) if trainer.is_global_zero else None
 
 
+def load(training: Training, machine: Machine) -> data.DataSet:
+    """The images of a training, which runs that follow each other share; raises what `fastlayers.data.load` raises."""
+    return _load(training.dataset, machine.data_dir, training.fraction, machine.download)
+
+
 @lru_cache(maxsize=2)
 def _load(name: str, data_dir: Path | None, fraction: float, download: bool) -> data.DataSet:
     return data.load(name, data_dir, fraction, download=download)
@@ -164,12 +175,13 @@ def _classifier(job: Job, images: data.DataSet, evaluated: str) -> Classifier:
     training = job.training
     channels, *sizes = images.train.images.shape[1:]
     size = max(training.least_image_size, *sizes)
-    network = _network(training.network, channels, size, job.layers)
     preparation = Augmenter(Augmentation(**training.augmentation.model_dump(), resize=size), images)
-    return Classifier(network, preparation, training, CLASSES, job.seed, evaluated)
+    built = network(training.network, channels, size, job.layers)
+    return Classifier(built, preparation, training, CLASSES, job.seed, evaluated)
 
 
-def _network(network: Network, channels: int, size: int, layers: Layers) -> nn.Module:
+def network(network: Network, channels: int, size: int, layers: Layers) -> nn.Module:
+    """The network for images (N, channels, size, size)."""
     of_images = {"in_features": channels * size**2, "in_channels": channels, "image_size": size}
     taken = models.MODELS[network.name].arguments if network.name in models.MODELS else ()  # build says so
     arguments = {name: value for name, value in of_images.items() if name in taken}

@@ -83,6 +83,7 @@ def _attempt(job: Job, machine: Machine) -> Finished:
 
 
 def _in_processes_of_its_own(job: Job, machine: Machine) -> None:
+    runner.share_of_batch(job.training.batch_size, machine.processes)
     # Lightning starts the other processes by starting this command again.
     command = [sys.executable, "-m", "fastlayers.studies.worker", job.model_dump_json(), machine.model_dump_json()]
     code = subprocess.run(command, check=False).returncode
