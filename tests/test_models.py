@@ -40,6 +40,8 @@ CASES: dict[str, Case] = {
         for act in ("selu", "swish", "gelu", "relu", "sigmoid")
     },
     **{f"cnn-{order}": ("cnn_a", SMALL_CNN | {"order": order}, (3, 11, 11)) for order in ORDERS},
+    # Twice this is not the same as once.
+    "cnn-CBDRM-gelu": ("cnn_a", SMALL_CNN | {"order": "CBDRM", "act": "gelu"}, (3, 11, 11)),
     "cnn-element": ("cnn_a", SMALL_CNN | {"drop_mode": "element"}, (3, 11, 11)),
     "cnn-element-alone": ("cnn_a", SMALL_CNN | {"drop_mode": "element", "order": "CBRMD"}, (3, 11, 11)),
     "cnn-oblong": ("cnn_a", SMALL_CNN | {"image_size": (11, 17), "in_channels": 1}, (1, 11, 17)),
@@ -90,9 +92,9 @@ def step(model: nn.Module, input: Tensor) -> list[Tensor]:
     return [logits, *gradients, *(value.clone() for value in model.state_dict().values())]
 
 
-def assert_same(fused: list[Tensor], plain: list[Tensor], **tolerance: float) -> None:
+def assert_same(fused: list[Tensor], plain: list[Tensor], rtol: float = 1e-6, atol: float = 1e-9) -> None:
     for ours, theirs in zip(fused, plain, strict=True):
-        torch.testing.assert_close(ours, theirs, **tolerance)
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
 def modules(model: nn.Module, *kinds: type[nn.Module]) -> list[nn.Module]:
@@ -107,7 +109,7 @@ def test_twins_train_alike(case: Case) -> None:
     with fl.use_backend("cpp"):  # small tensors would otherwise go to torch
         for training in (True, True, False):
             results = [step(model.train(training), input) for model in (fused, plain)]
-            assert_same(*results, rtol=1e-6, atol=1e-9)
+            assert_same(results[0], results[1])
             for model in (fused, plain):
                 for parameter, gradient in zip(model.parameters(), results[0][2:], strict=False):
                     parameter.data -= 0.01 * gradient
@@ -143,7 +145,7 @@ def test_channels_last(name: str) -> None:
     input = images(case, torch.float32).contiguous(memory_format=torch.channels_last)
     for training in (True, False):
         results = [step(model.train(training), input) for model in (fused, plain)]
-        assert_same(*results, rtol=1e-3, atol=1e-5)
+        assert_same(results[0], results[1], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn-CBRDM", "simp-res9-relu", "vgg-a", "lenet"])
@@ -261,6 +263,42 @@ def test_res9_has_nine_convolutions() -> None:
         assert [conv.kernel_size[0] for conv in convs] == kernels
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "dropouts"),
+    [
+        ("mlp_a", {}, ["Dropout(p=0.5)"]),
+        ("mlp_e", {}, []),
+        ("mlp_e", {"drop_p": 0.2, "hidden": (8, 8)}, 2 * ["Dropout(p=0.2)"]),
+        ("cnn_a", {}, 2 * ["Dropout2d(p=0.4)"]),
+        ("cnn_a", {"drop_mode": "element"}, 2 * ["Dropout(p=0.4)"]),
+        ("cnn_b", {}, []),
+        ("res18", {}, []),
+        ("res9", {"drop_p": 0.3}, 4 * ["Dropout2d(p=0.3)"]),
+        ("vgg_a", {}, []),
+        ("vgg_a", {"drop_p": 0.5}, 2 * ["Dropout(p=0.5)"]),
+        ("lenet", {}, []),
+        ("lenet", {"drop_p": 0.5}, 2 * ["Dropout(p=0.5)"]),
+    ],
+)
+def test_dropouts(name: str, arguments: dict[str, Any], dropouts: list[str]) -> None:
+    with torch.device("meta"):
+        model = models.build(name, layers="torch", **arguments)
+    assert [repr(m).replace(", inplace=False", "") for m in modules(model, nn.modules.dropout._DropoutNd)] == dropouts
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_vgg_a_is_that_of_its_table(norm: Any) -> None:
+    model = models.VGGA(norm)
+    layers = modules(model.features, nn.Conv2d, nn.MaxPool2d)
+    found = [str(layer.out_channels) if isinstance(layer, nn.Conv2d) else "M" for layer in layers]
+    assert " ".join(found) == "64 M 128 M 256 256 M 512 512 M 512 512 M"
+    for layer in modules(model, nn.Conv2d, nn.Linear):
+        assert isinstance(layer, (nn.Conv2d, nn.Linear))
+        fan_in = layer.weight[0].numel()
+        assert layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.1)
+        assert layer.bias is None or not layer.bias.any()
+
+
 def test_sizes_of_a_model() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False))
     model[0].bias.requires_grad_(False)
@@ -268,10 +306,10 @@ def test_sizes_of_a_model() -> None:
     assert models.state_mib(model) == (4 * (12 + 4 + 8) + 8) / 2**20
 
 
-def test_a_head_has_the_published_size() -> None:
+def test_heads_have_the_published_sizes() -> None:
     with torch.device("meta"):
-        heads = {name: models.build(name).head for name in ("cnn_a", "cnn_b")}
-    assert {name: head.in_features for name, head in heads.items()} == {"cnn_a": 16384, "cnn_b": 6400}
+        heads = (models.CNN().head, models.cnn_b().head)
+    assert [head.in_features for head in heads] == [16384, 6400]
 
 
 @pytest.mark.parametrize("act", ["gelu_tanh", nn.LeakyReLU(0.3), nn.ELU, None, nn.GELU("tanh"), "hardsigmoid"])
@@ -279,7 +317,7 @@ def test_a_head_has_the_published_size() -> None:
 def test_activations_of_every_kind(act: Any, norm: str) -> None:
     case: Case = ("mlp", {"in_features": 8, "hidden": 8, "act": act, "norm": norm}, (8,))
     fused, plain = (model.double() for model in twins(case))
-    assert_same(step(fused, images(case)), step(plain, images(case)), rtol=1e-6, atol=1e-9)
+    assert_same(step(fused, images(case)), step(plain, images(case)))
 
 
 @pytest.mark.parametrize("name", fl.activations.NAMES)
@@ -312,7 +350,7 @@ def test_layers_of_ones_own() -> None:
     assert model(torch.randn(2, 3, 8, 8)).shape == (2, 10)
 
 
-SMALL = {"channels": (4, 4)}
+SMALL: dict[str, Any] = {"channels": (4, 4)}
 WRONG: list[tuple[Callable[[], object], list[str]]] = [
     (lambda: models.MLP(0), ["in_features", "0", "at least 1"]),
     (lambda: models.MLP(8, ()), ["hidden", "()", "one positive integer or more"]),
