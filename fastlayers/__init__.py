@@ -7,7 +7,7 @@ fl.BatchNormAct2d(64, act_layer="relu", drop_p=0.4)   # BatchNorm2d + ReLU + Dro
 fl.BatchNormAct2d(64, act_layer="gelu")(x, residual)  # BatchNorm2d + add + GELU
 """
 
-from fastlayers import functional, ops, reference
+from fastlayers import functional, models, ops, reference
 from fastlayers.backends import get_backend, set_backend, use_backend
 from fastlayers.modules import (
     BatchNorm1d,
@@ -37,6 +37,7 @@ __all__ = [
     "Dropout3d",
     "functional",
     "get_backend",
+    "models",
     "ops",
     "reference",
     "set_backend",

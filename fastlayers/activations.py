@@ -195,6 +195,13 @@ def resolve(act: ActLayer, act_kwargs: Mapping[str, object] | None = None) -> Ac
     return _build(kind, kwargs)
 
 
+def as_module(act: ActLayer, act_kwargs: Mapping[str, object] | None = None) -> nn.Module:
+    """A new module of torch's for an activation. The arguments and errors are those of `resolve`."""
+    activation = resolve(act, act_kwargs)
+    kwargs = {"approximate": "tanh"} if activation.name == "gelu_tanh" else dict(activation.kwargs)
+    return _kind_of(activation.name).module(**kwargs)
+
+
 def _build(kind: _Kind, kwargs: Mapping[str, object]) -> Activation:
     activation = kind.build(**kwargs)
     return replace(activation, kwargs=tuple(kwargs.items())) if kwargs else activation

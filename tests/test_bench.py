@@ -43,7 +43,7 @@ from torch import Tensor, nn
 import fastlayers as fl
 from fastlayers.cli import main
 from fastlayers.experiments.memory import bytes_saved_by
-from fastlayers.experiments.models import build_cnn
+from fastlayers.models import LayerKit
 
 CPU = torch.device("cpu")
 TINY = "^2x16x8x8-contiguous-float32-p0-relu$"
@@ -355,7 +355,7 @@ class TestLayers:
         assert list(row.outcomes) == ["eager"]
 
 
-def same_loss(build: Callable[[steps.Kind], nn.Module], shape: tuple[int, ...]) -> bool:
+def same_loss(build: Callable[[LayerKit], nn.Module], shape: tuple[int, ...]) -> bool:
     case = steps.StepCase("model", build, shape, steps._sgd)
     eager, fused = (steps.Step(case, name, CPU) for name in ("eager", "fastlayers"))
     losses = []
@@ -370,14 +370,14 @@ class TestSteps:
     @pytest.mark.parametrize(
         ("build", "shape"),
         [
-            (lambda kind: steps.build_mlp(kind.mlp), (4, 3072)),
-            (lambda kind: build_cnn(steps.CNN_PLAN, kind.cnn), (2, 3, 32, 32)),
-            (lambda kind: steps.build_resnet18(kind.resnet), (2, 3, 32, 32)),
+            (steps.build_mlp, (4, 3072)),
+            (steps.build_cnn, (2, 3, 32, 32)),
+            (steps.build_resnet18, (2, 3, 32, 32)),
         ],
         ids=["mlp", "cnn", "resnet18"],
     )
     def test_both_models_train_alike(
-        self, build: Callable[[steps.Kind], nn.Module], shape: tuple[int, ...], one_thread: None
+        self, build: Callable[[LayerKit], nn.Module], shape: tuple[int, ...], one_thread: None
     ) -> None:
         assert same_loss(build, shape)
 
@@ -388,8 +388,8 @@ class TestSteps:
         by_name = {case.name: case for case in steps.step_cases()}
         names = ["mlp", "cnn-contiguous", "cnn-channels_last", "resnet18-contiguous", "resnet18-channels_last"]
         assert list(by_name) == names
-        torch_kind, fused = (steps.CONTENDERS[name][0] for name in ("eager", "fastlayers"))
-        resnet = by_name["resnet18-contiguous"].build(torch_kind)
+        torch_kit, fused = (steps.CONTENDERS[name][0] for name in ("eager", "fastlayers"))
+        resnet = by_name["resnet18-contiguous"].build(torch_kit)
         # ResNet-18 for CIFAR has 11.17 million parameters.
         assert sum(p.numel() for p in resnet.parameters()) == 11_173_962
         assert len(modules(resnet, nn.BatchNorm2d)) == 20

@@ -20,6 +20,7 @@ from fastlayers.experiments import data, models, quickstart
 from fastlayers.experiments.agreement import FLOOR, Agreement, move_by_one_ulp
 from fastlayers.experiments.memory import bytes_saved_for_backward
 from fastlayers.experiments.training import Epoch, Phase, Run, train_interleaved
+from fastlayers.models import Style
 
 QUICK = ["quickstart", "--epochs", "1", "--fraction", "0.4"]
 
@@ -45,7 +46,11 @@ WRONG_LAYERS: dict[str, Callable[[int, float], nn.Module]] = {
 
 def use_layer(monkeypatch: pytest.MonkeyPatch, make: Callable[[int, float], nn.Module]) -> None:
     """Has the quickstart take its fused layers from `make`."""
-    monkeypatch.setattr(quickstart, "fused_layers", lambda c, p: {"norm": make(c, p)})
+
+    def kit(run: str, features: int, style: Style) -> dict[str, nn.Module]:
+        return {"norm": make(features, style.drop_p)}
+
+    monkeypatch.setattr(quickstart, "fused_layers", kit)
 
 
 def test_command_reports_the_same_training_and_draws_it(tmp_path: Path) -> None:
@@ -93,7 +98,7 @@ def test_next_seed_is_tried_where_chance_had_its_way(monkeypatch: pytest.MonkeyP
 
     def wrong_for_the_first_seed(channels: int, drop_p: float) -> nn.Module:
         made.append(channels)
-        first_seed = len(made) <= len(models.PLANS["digits"].blocks)
+        first_seed = len(made) <= len(models.PLANS["digits"]["channels"])
         return fl.BatchNormAct2d(channels, drop_p=drop_p / 2 if first_seed else drop_p)
 
     use_layer(monkeypatch, wrong_for_the_first_seed)
@@ -129,7 +134,7 @@ def test_move_by_one_ulp_moves_every_weight_to_a_neighbour() -> None:
 def test_interleaved_runs_train_as_if_alone() -> None:
     digits = data.load_digits(0.2)
     torch.manual_seed(0)
-    model = models.build_cnn(models.PLANS["digits"], models.torch_layers)
+    model = models.build_cnn("digits", models.torch_layers)
     alone, first, second = (Run(copy.deepcopy(model), seed=3) for _ in range(3))
     train_interleaved([alone], digits, 1, 50, seed=0, after_step=lambda: None)
     before = torch.get_rng_state()
@@ -141,14 +146,14 @@ def test_interleaved_runs_train_as_if_alone() -> None:
 
 
 def test_both_models_have_the_same_state() -> None:
-    for plan in models.PLANS.values():
-        eager, fused = (models.build_cnn(plan, layers) for layers in (models.torch_layers, models.fused_layers))
+    for name in models.PLANS:
+        eager, fused = (models.build_cnn(name, layers) for layers in (models.torch_layers, models.fused_layers))
         fused.load_state_dict(eager.state_dict(), strict=True)
 
 
 @pytest.mark.parametrize(("name", "shape"), [("digits", (2, 1, 8, 8)), ("cifar10", (2, 3, 32, 32))])
 def test_models_take_their_data(name: str, shape: tuple[int, ...]) -> None:
-    model = models.build_cnn(models.PLANS[name], models.fused_layers)
+    model = models.build_cnn(name, models.fused_layers)
     assert model(torch.randn(shape)).shape == (2, 10)
 
 
@@ -164,7 +169,7 @@ def test_bytes_saved_counts_shared_memory_once_and_no_parameters() -> None:
 def test_fastlayers_saves_less_for_backward() -> None:
     images = torch.randn(8, 1, 8, 8)
     eager, fused = (
-        bytes_saved_for_backward(models.build_cnn(models.PLANS["digits"], layers), images)
+        bytes_saved_for_backward(models.build_cnn("digits", layers), images)
         for layers in (models.torch_layers, models.fused_layers)
     )
     assert fused < 0.8 * eager

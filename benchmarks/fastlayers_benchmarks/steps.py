@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import fastlayers as fl
 from fastlayers.experiments.memory import bytes_saved_by
-from fastlayers.experiments.models import Block, CnnPlan, LayerFactory, build_cnn, fused_layers, torch_layers
+from fastlayers.models import CNN, LayerKit, Style, fused_layers, res18, torch_layers
+from fastlayers.models.layers import dense_style
 from fastlayers_benchmarks.cases import LAYOUTS, SEED
 from fastlayers_benchmarks.contenders import COMPILE, EAGER, FUSED_COMPILED, EagerChain
 from fastlayers_benchmarks.memory import peak_bytes
@@ -26,26 +26,8 @@ WITHOUT = "without"
 CLASSES = 10
 
 # Study A's CNN with 64 and 128 channels.
-CNN_PLAN = CnnPlan(
-    (
-        Block(3, 64, kernel=5, pool=5, pool_padding=2, stride=3),
-        Block(64, 128, kernel=7, pool=5, pool_padding=2, stride=3),
-    ),
-    features=128 * 4 * 4,
-)
+CNN_CHANNELS = (64, 128)
 MLP_SIZES = (3 * 32 * 32, 1024)
-
-# From a number of channels, and whether an activation follows, to a layer of (input, residual).
-ResidualLayer = Callable[[int, bool], nn.Module]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Whose layers a model is made of: for the MLP, the CNN and the ResNet."""
-
-    mlp: LayerFactory
-    cnn: LayerFactory
-    resnet: ResidualLayer
 
 
 class StandIn(nn.Module):
@@ -83,80 +65,39 @@ class _HandThrough(torch.autograd.Function):
         return grad, grad if ctx.needs_input_grad[1] else None, None
 
 
-def _torch_mlp_layers(features: int, drop_p: float) -> dict[str, nn.Module]:
-    return {"norm": nn.BatchNorm1d(features), "act": nn.ReLU(), "drop": nn.Dropout(drop_p)}
+def _without(run: str, features: int, style: Style) -> dict[str, nn.Module]:
+    """A stand-in for what one fused layer would be."""
+    layers = torch_layers(run, features, style)
+    return {"norm": StandIn(EagerChain(**layers))} if "norm" in layers else layers
 
-
-def _stand_in(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    return {"stand_in": StandIn(EagerChain(**layers))}
-
-
-def _fused_mlp_layers(features: int, drop_p: float) -> dict[str, nn.Module]:
-    return {"norm": fl.BatchNormAct1d(features, act_layer="relu", drop_p=drop_p, drop_mode="element")}
-
-
-def _torch_resnet_layer(channels: int, act: bool) -> nn.Module:
-    return EagerChain(nn.BatchNorm2d(channels), nn.ReLU() if act else None)
-
-
-def _fused_resnet_layer(channels: int, act: bool) -> nn.Module:
-    return fl.BatchNormAct2d(channels, act_layer="relu", apply_act=act)
-
-
-_TORCH = Kind(_torch_mlp_layers, torch_layers, _torch_resnet_layer)
-_FUSED = Kind(_fused_mlp_layers, fused_layers, _fused_resnet_layer)
-_WITHOUT = Kind(
-    lambda features, p: _stand_in(_torch_mlp_layers(features, p)),
-    lambda channels, p: _stand_in(torch_layers(channels, p)),
-    lambda channels, act: StandIn(_torch_resnet_layer(channels, act)),
-)
 
 # Name: whose layers, and whether compiled.
-CONTENDERS = {
-    EAGER: (_TORCH, False),
-    COMPILE: (_TORCH, True),
-    FUSED: (_FUSED, False),
-    FUSED_COMPILED: (_FUSED, True),
-    WITHOUT: (_WITHOUT, False),
+CONTENDERS: dict[str, tuple[LayerKit, bool]] = {
+    EAGER: (torch_layers, False),
+    COMPILE: (torch_layers, True),
+    FUSED: (fused_layers, False),
+    FUSED_COMPILED: (fused_layers, True),
+    WITHOUT: (_without, False),
 }
 
 
-class _BasicBlock(nn.Module):
-    def __init__(self, channels_in: int, channels: int, stride: int, layer: ResidualLayer) -> None:
-        super().__init__()
-        self.conv1 = _conv(channels_in, channels, 3, stride)
-        self.norm1 = layer(channels, True)
-        self.conv2 = _conv(channels, channels, 3, 1)
-        self.norm2 = layer(channels, True)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(_conv(channels_in, channels, 1, stride), layer(channels, False))
-
-    def forward(self, input: Tensor) -> Tensor:
-        hidden = self.norm1(self.conv1(input))
-        output: Tensor = self.norm2(self.conv2(hidden), self.shortcut(input))
-        return output
-
-
-def _conv(channels_in: int, channels: int, kernel: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels, kernel, stride, kernel // 2, bias=False)
-
-
-def build_resnet18(layer: ResidualLayer) -> nn.Sequential:
-    """ResNet-18 for CIFAR: a stem of one 3x3 convolution, four stages of two blocks with 64 to 512 channels."""
-    blocks = [
-        _BasicBlock(channels_in, channels, stride, layer)
-        for before, channels in ((64, 64), (64, 128), (128, 256), (256, 512))
-        for channels_in, stride in ((before, 1 if before == channels else 2), (channels, 1))
-    ]
-    stem = (_conv(3, 64, 3, 1), layer(64, True))
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, CLASSES))
-
-
-def build_mlp(layers: LayerFactory) -> nn.Sequential:
+def build_mlp(layers: LayerKit) -> nn.Sequential:
     """Study A's MLP: (N, 3072) to logits (N, 10)."""
+    # Not `models.MLP`, whose first layer has no bias: steps stay comparable with records that were made before.
     features, hidden = MLP_SIZES
-    return nn.Sequential(nn.Linear(features, hidden), *layers(hidden, 0.5).values(), nn.Linear(hidden, CLASSES))
+    style = dense_style(layers, drop_p=0.5)
+    middle = style.layers("BRD", hidden).values()
+    return nn.Sequential(nn.Linear(features, hidden), *middle, nn.Linear(hidden, CLASSES))
+
+
+def build_cnn(layers: LayerKit) -> nn.Module:
+    """Study A's CNN, smaller: (N, 3, 32, 32) to logits (N, 10)."""
+    return CNN(channels=CNN_CHANNELS, layers=layers)
+
+
+def build_resnet18(layers: LayerKit) -> nn.Module:
+    """ResNet-18 for CIFAR: a stem of one 3x3 convolution, four stages of two blocks with 64 to 512 channels."""
+    return res18(layers=layers)
 
 
 def _adam(model: nn.Module) -> torch.optim.Optimizer:
@@ -172,7 +113,7 @@ class StepCase:
     """One model and how it is trained."""
 
     model: str
-    build: Callable[[Kind], nn.Module]
+    build: Callable[[LayerKit], nn.Module]
     shape: tuple[int, ...]
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     layout: str = "contiguous"
@@ -185,20 +126,14 @@ class StepCase:
 
 def step_cases(quick: bool = False) -> list[StepCase]:
     """All; the MLP alone if `quick`."""
-    mlp = StepCase("mlp", lambda kind: build_mlp(kind.mlp), (100, MLP_SIZES[0]), _adam)
+    mlp = StepCase("mlp", build_mlp, (100, MLP_SIZES[0]), _adam)
     if quick:
         return [mlp]
     images = (3, 32, 32)
     return [
         mlp,
-        *(
-            StepCase("cnn", lambda kind: build_cnn(CNN_PLAN, kind.cnn), (100, *images), _adam, layout)
-            for layout in LAYOUTS
-        ),
-        *(
-            StepCase("resnet18", lambda kind: build_resnet18(kind.resnet), (64, *images), _sgd, layout)
-            for layout in LAYOUTS
-        ),
+        *(StepCase("cnn", build_cnn, (100, *images), _adam, layout) for layout in LAYOUTS),
+        *(StepCase("resnet18", build_resnet18, (64, *images), _sgd, layout) for layout in LAYOUTS),
     ]
 
 
@@ -206,10 +141,10 @@ class Step:
     """A model in training on one batch of random images."""
 
     def __init__(self, case: StepCase, contender: str, device: torch.device) -> None:
-        kind, compiled = CONTENDERS[contender]
+        layers, compiled = CONTENDERS[contender]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            model, images = case.build(kind), torch.randn(case.shape)
+            model, images = case.build(layers), torch.randn(case.shape)
         if len(case.shape) > 2:
             layout = LAYOUTS[case.layout]
             # No overload in the types takes a memory format alone.

@@ -13,7 +13,7 @@ from torch import nn
 from fastlayers.experiments.agreement import Agreement, compare, move_by_one_ulp
 from fastlayers.experiments.data import DataSet
 from fastlayers.experiments.memory import bytes_saved_for_backward
-from fastlayers.experiments.models import PLANS, build_cnn, fused_layers, torch_layers
+from fastlayers.experiments.models import build_cnn, fused_layers, torch_layers
 from fastlayers.experiments.training import Phase, Run, steps_per_epoch, train_interleaved
 
 MOVED_RUNS = 3
@@ -95,7 +95,7 @@ def _models(data: DataSet, seed: int) -> list[nn.Module]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         factories = [torch_layers, fused_layers, *[torch_layers] * MOVED_RUNS]
-        models: list[nn.Module] = [build_cnn(PLANS[data.name], layers) for layers in factories]
+        models: list[nn.Module] = [build_cnn(data.name, layers) for layers in factories]
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
     for number, model in enumerate(models[2:]):
