@@ -15,8 +15,9 @@ from rich.progress import Progress
 from torch import nn
 
 import fastlayers as fl
+from fastlayers import data
 from fastlayers.cli import main
-from fastlayers.experiments import data, models, quickstart
+from fastlayers.experiments import models, quickstart
 from fastlayers.experiments.agreement import FLOOR, Agreement, move_by_one_ulp
 from fastlayers.experiments.memory import bytes_saved_for_backward
 from fastlayers.experiments.training import Epoch, Phase, Run, train_interleaved
