@@ -61,9 +61,7 @@ class Augmenter(nn.Module):
         super().__init__()
         channels, *size = data.train.images.shape[1:]
         if augmentation.channels is not None and channels != 1:
-            raise ValueError(
-                f"channels: got {augmentation.channels}, expected None for {data.name}'s {channels} channels"
-            )
+            raise ValueError(f"channels: got {augmentation.channels}, expected None: {data.name} has {channels}, not 1")
         self.augmentation = augmentation
         self.size = (augmentation.resize,) * 2 if augmentation.resize else cast(tuple[int, int], tuple(size))
         self.register_buffer("mean", data.mean.clone(), persistent=False)

@@ -32,8 +32,8 @@ class _FromFiles:
         urls = " ".join(file.urls[0] for file in self.files)
         return (
             f"Put {urls} (or what is packed in it) into a folder, and give that as --data-dir DIR or in "
-            f"{FOLDER_VARIABLE}; now it is {folder}. Or have what is missing downloaded into it: --download, in Python "
-            "load(..., download=True). Remove files that are not the official ones first."
+            f"{FOLDER_VARIABLE}; now it is {folder}. Or have what is missing downloaded into it: --download where a "
+            "command has it, load(..., download=True) in Python. Remove files that are not the official ones first."
         )
 
 
