@@ -15,8 +15,9 @@ from rich.progress import Progress
 from torch import nn
 
 import fastlayers as fl
+from fastlayers import data
 from fastlayers.cli import main
-from fastlayers.experiments import data, models, quickstart
+from fastlayers.experiments import models, quickstart
 from fastlayers.experiments.agreement import FLOOR, Agreement, move_by_one_ulp
 from fastlayers.experiments.memory import bytes_saved_for_backward
 from fastlayers.experiments.training import Epoch, Phase, Run, train_interleaved
@@ -184,10 +185,11 @@ def test_first_tenth_of_the_steps_is_not_timed() -> None:
     assert measured.median_step == 1.0
 
 
-def test_command_says_what_is_wrong_with_its_input(tmp_path: Path) -> None:
+def test_command_says_what_is_wrong_with_its_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLAYERS_DATA", str(tmp_path / "nowhere"))
     for arguments, message in (
-        (["--dataset", "cifar10"], "cifar10 needs --data-dir"),
-        (["--dataset", "cifar10", "--data-dir", str(tmp_path)], "found no file"),
+        (["--dataset", "cifar10"], "give that as --data-dir DIR or in FASTLAYERS_DATA"),
+        (["--dataset", "cifar10", "--data-dir", str(tmp_path)], "found none of them"),
         (["--batch-size", "5000"], "batch size 5000: expected at most 1438"),
         (["--fraction", "1.5"], "1.5 is not in the range"),
     ):
@@ -197,7 +199,7 @@ def test_command_says_what_is_wrong_with_its_input(tmp_path: Path) -> None:
 
 
 def test_command_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in [name for name in sys.modules if name.startswith("fastlayers.experiments.")]:
+    for module in [name for name in sys.modules if name.startswith(("fastlayers.experiments.", "fastlayers.data"))]:
         if not module.endswith(".command"):
             monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "sklearn", None)

@@ -22,7 +22,11 @@ def _per_dataset(values: Mapping[str, float]) -> str:
 
 @click.command(short_help="Train with torch's layers and with these.")
 @click.option("--dataset", type=click.Choice(list(EPOCHS)), default="digits", show_default=True)
-@click.option("--data-dir", type=Path, help="Folder of CIFAR-10's official Python files.")
+@click.option(
+    "--data-dir",
+    type=Path,
+    help="Folder of CIFAR-10's official files.  [default: $FASTLAYERS_DATA, else the user's cache]",
+)
 @click.option(
     "--fraction",
     type=click.FloatRange(0, 1, min_open=True),
@@ -59,7 +63,8 @@ def quickstart(
         from rich.console import Console
         from rich.progress import Progress
 
-        from fastlayers.experiments import data, plot, report
+        from fastlayers import data
+        from fastlayers.experiments import plot, report
         from fastlayers.experiments.quickstart import Settings, run
 
     if threads is not None:

@@ -10,8 +10,8 @@ import torch
 from rich.progress import Progress
 from torch import nn
 
+from fastlayers.data import DataSet
 from fastlayers.experiments.agreement import Agreement, compare, move_by_one_ulp
-from fastlayers.experiments.data import DataSet
 from fastlayers.experiments.memory import bytes_saved_for_backward
 from fastlayers.experiments.models import build_cnn, fused_layers, torch_layers
 from fastlayers.experiments.training import Phase, Run, steps_per_epoch, train_interleaved

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlayers.experiments.data import DataSet
+from fastlayers.data import DataSet
 
 Phase = Literal["train", "test"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
