@@ -107,7 +107,7 @@ def show(name: str) -> None:
 @click.option("--progress/--no-progress", default=None, help="Progress bars.  [default: where there is a terminal]")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=OUT, show_default=True)
 @click.pass_context
-def run_studies(ctx: click.Context, names: Sequence[str], ray: str | None, out: Path, **options: Any) -> None:
+def run_studies(ctx: click.Context, /, names: Sequence[str], ray: str | None, out: Path, **options: Any) -> None:
     """Does the runs of studies NAME..., such as B1 B2, or of "all", that are not done yet.
 
     What is stopped, by Ctrl-C or worse, goes on from its last epoch when the same command is given again. Exits with 1
@@ -200,9 +200,9 @@ def _jobs(runs: Iterable[Run], options: dict[str, Any], console: Console) -> Ite
 
     A training that several studies have is done once.
     """
-    from fastlayers.studies.results import Job
+    from fastlayers.studies.results import Job, Layers
 
-    layers = ["fastlayers", "torch"] if options["layers"] == "both" else [options["layers"]]
+    layers: list[Layers] = ["fastlayers", "torch"] if options["layers"] == "both" else [options["layers"]]
     stand_ins: set[str] = set()
     trainings = {run.training.key: run.training for run in runs}
     for key, training in trainings.items():

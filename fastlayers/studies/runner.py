@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -69,7 +70,7 @@ def share_of_batch(batch_size: int, processes: int) -> int:
 class _ProgressBar(TQDMProgressBar):
     """Lightning's, without the number of a version."""
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float]:
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
@@ -82,7 +83,10 @@ class Images(pl.LightningDataModule):
         self.training = training
         self.seed = seed
         count = round(len(images.train) * training.validation_share)
-        self.train, self.validation = images.train.split_off(count) if count else (images.train, None)
+        self.train = images.train
+        self.validation: data.Split | None = None
+        if count:
+            self.train, self.validation = images.train.split_off(count)
 
     @property
     def evaluated(self) -> str:
@@ -226,7 +230,7 @@ def _callbacks(training: Training, machine: Machine, folder: Path) -> list[Callb
     return callbacks
 
 
-def _result(job: Job, machine: Machine, module: Images, classifier: Classifier, scores: dict[str, float]) -> Result:
+def _result(job: Job, machine: Machine, module: Images, classifier: Classifier, scores: Mapping[str, float]) -> Result:
     history = classifier.history
     evaluated = [epoch for epoch in history if epoch.val_accuracy is not None]
     scored = max(evaluated, key=lambda epoch: epoch.val_accuracy or 0.0) if evaluated else history[-1]
