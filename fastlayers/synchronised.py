@@ -216,8 +216,8 @@ def _reference_gradients(grad_output: Tensor, saved: _Saved, call: Call, wanted:
         z = reference.normalize(input, saved.mean, saved.invstd, weight, bias)
         y = call.activation.apply(z if saved.residual is None else z + saved.residual.to(z.dtype))
         output = reference.apply_mask(y, saved.mask, call.drop_p).to(input.dtype)
-        *grads, grad_z = torch.autograd.grad(output, (input, weight, bias, z), grad_output)
-    return _LocalGradients(*grads, grad_z.to(input.dtype))
+        scaled, sum_normalised, sum, grad_z = torch.autograd.grad(output, (input, weight, bias, z), grad_output)
+    return _LocalGradients(scaled, sum_normalised, sum, grad_z.to(input.dtype))
 
 
 def _input_gradient(scaled: Tensor, sums: Tensor, saved: _Saved, call: Call) -> Tensor:
