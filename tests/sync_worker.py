@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -142,20 +141,21 @@ def _layer_for(case: Case, cls: type[nn.Module]) -> nn.Module:
 
 
 def _results(layer: nn.Module, x: Tensor, residual: Tensor | None, gradient: Tensor) -> dict[str, Tensor]:
+    found: dict[str, Any] = {}
     x = x.detach().requires_grad_()
     residual = None if residual is None else residual.detach().requires_grad_()
     for _ in range(2):  # running statistics twice
         output = layer(x, residual)
     output.backward(gradient)
     assert output.stride() == torch.empty_like(x).stride()
-    found = {"output": output.detach(), "gradient of input": x.grad, **dict(layer.named_buffers())}
+    found |= {"output": output.detach(), "gradient of input": x.grad, **dict(layer.named_buffers())}
     if residual is not None:
         found["gradient of residual"] = residual.grad
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None
         assert parameter.grad.dtype == parameter.dtype
         found[f"gradient of {name}"] = parameter.grad
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _whole(case: Case, dtype: torch.dtype, computed: torch.dtype) -> dict[str, Tensor]:
@@ -190,19 +190,19 @@ def _shared(case: Case) -> dict[str, Tensor]:
     return whole
 
 
-def _raised(function: Callable[[], object]) -> Exception:
+def _raised(function: Callable[..., object], *arguments: object) -> Exception:
     try:
-        function()
+        function(*arguments)
     except Exception as error:
         return error
     raise AssertionError("nothing was raised")
 
 
-def _collectives(function: Callable[[], object]) -> Counter[str]:
-    """The collectives that `function` starts, by name."""
+def _collectives(function: Callable[..., Any], *arguments: object) -> tuple[Counter[str], Any]:
+    """The collectives that `function` starts, by name, and its result."""
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as record:
-        function()
-    return Counter(e.name for e in record.events() if e.name.startswith("c10d::"))
+        result = function(*arguments)
+    return Counter(e.name for e in record.events() if e.name.startswith("c10d::")), result
 
 
 def _input(*shape: int, requires_grad: bool = True) -> Tensor:
@@ -215,11 +215,10 @@ def _input(*shape: int, requires_grad: bool = True) -> Tensor:
 def one_gather_forward_and_one_sum_backward() -> None:
     layer = fl.SyncBatchNormAct(C, act_layer="gelu", drop_p=0.3)
     x, residual = _input(4, C, 3, 3), _input(4, C, 3, 3)
-    outputs: list[Tensor] = []
-    forward = _collectives(lambda: outputs.append(layer(x, residual)))
+    forward, output = _collectives(layer, x, residual)
     assert forward.total() == 1, forward
     assert "allgather" in next(iter(forward)), forward
-    backward = _collectives(lambda: outputs[0].sum().backward())
+    backward, _ = _collectives(output.sum().backward)
     assert backward.total() == 1, backward
     assert "allreduce" in next(iter(backward)), backward
 
@@ -229,16 +228,17 @@ def none_in_evaluation_and_frozen() -> None:
     layer, x = fl.SyncBatchNormAct(C), _input(4, C, 3, 3)
     plain = fl.BatchNormAct2d(C)
     for other in (layer.eval(), fl.freeze_batch_norm(fl.SyncBatchNormAct(C)).train()):
-        outputs: list[Tensor] = []
-        assert not _collectives(lambda other=other, outputs=outputs: outputs.append(other(x)))  # type: ignore[misc]
-        assert torch.equal(outputs[0], plain.eval()(x))
+        started, output = _collectives(other, x)
+        assert not started
+        assert torch.equal(output, plain.eval()(x))
 
 
 @check(2)
 def no_sum_backward_where_no_rank_needs_it() -> None:
     layer, x = fl.SyncBatchNormAct(C), _input(4, C, 3, 3, requires_grad=False)
     output = layer(x)
-    assert not _collectives(lambda: output.sum().backward())
+    started, _ = _collectives(output.sum().backward)
+    assert not started
     assert layer.weight.grad is not None
 
 
@@ -264,7 +264,7 @@ def a_rank_without_a_graph() -> None:
     with torch.no_grad() if dist.get_rank() == 0 else nullcontext():
         output = layer(x)
     if dist.get_rank() == 1:
-        error = _raised(lambda: output.sum().backward())
+        error = _raised(output.sum().backward)
         assert "rank 0 ran forward without recording a graph" in str(error), error
     _works(layer)
 
@@ -292,11 +292,11 @@ def an_error_on_one_rank_is_raised_on_all() -> None:
     ]
     for kind, text, arguments in wrong:
         if dist.get_rank() == 1:
-            error = _raised(lambda arguments=arguments: layer(*arguments))
+            error = _raised(layer, *arguments)
             assert isinstance(error, kind), error
             assert text in str(error), error
         else:
-            error = _raised(lambda: layer(_input(2, C, 3, 3)))
+            error = _raised(layer, _input(2, C, 3, 3))
             assert isinstance(error, RuntimeError), error
             assert "rank 1 failed" in str(error), error
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
@@ -306,7 +306,7 @@ def an_error_on_one_rank_is_raised_on_all() -> None:
 @check(3)
 def errors_on_several_ranks() -> None:
     layer, rank = fl.SyncBatchNorm(C, affine=False, track_running_stats=False), dist.get_rank()
-    error = _raised(lambda: layer(torch.zeros(2, C if rank == 1 else 4, 3)))
+    error = _raised(layer, torch.zeros(2, C if rank == 1 else 4, 3))
     assert ("rank 0, 2 failed" if rank == 1 else "expected 5 channels") in str(error), error
     _works(layer)
 
@@ -315,7 +315,7 @@ def errors_on_several_ranks() -> None:
 def too_few_values_on_all_ranks_together() -> None:
     layer = fl.SyncBatchNorm(C)
     for values in (0, 1):
-        error = _raised(lambda values=values: layer(torch.zeros(values * dist.get_rank(), C)))
+        error = _raised(layer, torch.zeros(values * dist.get_rank(), C))
         assert isinstance(error, ValueError)
         assert f"Expected more than 1 value per channel when training, got {values}" in str(error), error
     assert layer.num_batches_tracked == 0
@@ -333,7 +333,7 @@ def dropout_is_that_of_the_dropout_layers() -> None:
                 for function in (fused, lambda x, r, chain=chain, dropout=dropout: dropout(chain(x, r))):
                     torch.manual_seed(dist.get_rank())
                     x = _input(6, C, 8, 8)
-                    y = function(x, residual)  # type: ignore[operator]
+                    y = function(x, residual)
                     y.square().sum().backward()
                     found.append((y.detach(), x.grad))
                 assert (found[0][0] == 0).float().mean() > 0.1
@@ -357,7 +357,7 @@ def process_groups() -> None:
     again = copy.deepcopy(layer)
     assert again.process_group is layer.process_group
     _works(again)
-    error = _raised(lambda: fl.SyncBatchNorm(C, process_group=alone if rank != 1 else pair)(x))
+    error = _raised(fl.SyncBatchNorm(C, process_group=alone if rank != 1 else pair), x)
     assert "not a member" in str(error), error
 
 
@@ -366,21 +366,22 @@ def it_cannot_be_differentiated_twice() -> None:
     layer, x = fl.SyncBatchNormAct(C, act_layer="tanh"), _input(4, C, 3, 3)
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     assert gradient.requires_grad
-    error = _raised(lambda: gradient.square().sum().backward())
+    error = _raised(gradient.square().sum().backward)
     assert "SyncBatchNorm: trying to differentiate twice" in str(error), error
 
 
 @check(2)
 def compiled_as_one_graph() -> None:
-    for options in ({}, {"act_layer": "gelu", "momentum": None}):
-        layer = fl.SyncBatchNormAct(C, **options)  # type: ignore[arg-type]
-        compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
-        found = []
-        for module in (layer, compiled):
+    choices: list[dict[str, Any]] = [{}, {"act_layer": "gelu", "momentum": None}]
+    for options in choices:
+        layer = fl.SyncBatchNormAct(C, **options)
+        twin, found = copy.deepcopy(layer), []
+        compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+        for function, module in ((layer, layer), (compiled, twin)):
             x, residual = _input(4 + dist.get_rank(), C, 3, 3), _input(4 + dist.get_rank(), C, 3, 3)
-            y = module(x, residual)
+            y = function(x, residual)
             y.square().sum().backward()
-            found.append((y.detach(), x.grad, residual.grad, module.weight.grad, dict(layer.named_buffers())))
+            found.append((y.detach(), x.grad, residual.grad, module.weight.grad, list(module.buffers())))
         torch.testing.assert_close(found[1], found[0])
 
 
@@ -388,9 +389,10 @@ def compiled_as_one_graph() -> None:
 def checkpointed() -> None:
     """Forward runs again in backward, and gathers again, on all ranks."""
     layer, found = fl.SyncBatchNormAct(C), []
-    for function in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+    for again in (False, True):
         x = _input(4, C, 3, 3)
-        function(x).square().sum().backward()  # type: ignore[union-attr]
+        y: Any = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+        y.square().sum().backward()
         found.append(x.grad)
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
@@ -402,6 +404,7 @@ def under_autocast() -> None:
         y = layer(conv(_input(4, 3, 6, 6)))
     assert y.dtype == torch.bfloat16
     y.sum().backward()
+    assert layer.weight.grad is not None
     assert layer.weight.grad.dtype == torch.float32
 
 
@@ -454,9 +457,13 @@ def trained_by_ddp() -> None:
 
 @check(2)
 def trained_by_fsdp2() -> None:
+    # Not above: three ranks need not wait for it.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     network = fl.convert_sync_batchnorm(_network())
-    mesh = dist.init_device_mesh("cpu", (2,))
-    for part in network:
+    mesh = init_device_mesh("cpu", (2,))
+    for part in network.children():
         if isinstance(part, _Block):
             fully_shard(part, mesh=mesh)
     fully_shard(network, mesh=mesh)

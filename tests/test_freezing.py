@@ -27,7 +27,7 @@ ACT = (fl.BatchNormAct1d, fl.BatchNormAct2d, fl.BatchNormAct3d, fl.SyncBatchNorm
 SHAPE = (6, 4, 3, 5, 2)
 
 
-def _randomised(layer: nn.Module) -> nn.Module:
+def _randomised(layer: nn.Module) -> Any:
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for t in (*layer.parameters(), *layer.buffers()):
@@ -141,7 +141,7 @@ def test_folding_into_a_convolution() -> None:
     linear, norm1 = nn.Linear(3, 4).eval(), _randomised(fl.BatchNormAct1d(4, act_layer=None)).eval()
     y = torch.randn(2, 3)
     torch.testing.assert_close(fuse_linear_bn_eval(linear, norm1)(y), norm1(linear(y)))
-    frozen = fl.freeze_batch_norm(norm).eval()
+    frozen: Any = fl.freeze_batch_norm(norm).eval()
     torch.testing.assert_close(fuse_conv_bn_eval(conv, frozen)(x), norm(conv(x)))
 
 
@@ -150,7 +150,7 @@ def test_folding_into_a_convolution() -> None:
     ("options", "lost"), [({}, "the activation relu"), ({"act_layer": None, "drop_p": 0.2}, r"dropout of p = 0\.2")]
 )
 def test_folding_does_not_lose_what_is_fused(cls: type[nn.Module], options: dict[str, Any], lost: str) -> None:
-    norm = cls(4, **options).eval()
+    norm: Any = cls(4, **options).eval()
     with pytest.raises(RuntimeError, match=f"fuse_conv_bn_eval takes .* would lose {lost}"):
         fuse_conv_bn_eval(nn.Conv2d(3, 4, 3).eval(), norm)
     with pytest.raises(RuntimeError, match=f"fuse_linear_bn_eval takes .* would lose {lost}"):

@@ -23,31 +23,34 @@ Outcomes = list[dict[str, str | None]]
 
 
 @pytest.fixture(scope="session")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Outcomes]:
-    """What each rank says of each check, from one start of torchrun for each number of ranks."""
-    done: dict[int, Outcomes] = {}
-
-    def of(ranks: int) -> Outcomes:
-        if ranks not in done:
-            done[ranks] = _run(ranks, tmp_path_factory.mktemp(f"ranks_{ranks}"))
-        return done[ranks]
-
-    return of
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Outcomes]:
+    """What each rank says of each check, by the number of ranks; torchrun starts once for each, and at once."""
+    folders = {ranks: tmp_path_factory.mktemp(f"ranks_{ranks}") for ranks in sync_worker.CHECKS}
+    running = {ranks: _start(ranks, folder) for ranks, folder in folders.items()}
+    texts = {ranks: process.communicate(timeout=240)[0] for ranks, process in running.items()}
+    return {ranks: _read(ranks, folders[ranks], texts[ranks]) for ranks in folders}
 
 
-def _run(ranks: int, folder: Path) -> Outcomes:
+def _start(ranks: int, folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     package = str(Path(fl.__file__).parents[1])  # the one that is tested, however it was found
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
     }
-    ended = subprocess.run(
-        [*command, sync_worker.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=240
+    return subprocess.Popen(
+        [*command, str(sync_worker.__file__), str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
+
+
+def _read(ranks: int, folder: Path, text: str) -> Outcomes:
     files = [folder / f"{rank}.json" for rank in range(ranks)]
     if not all(file.exists() for file in files):
-        pytest.fail(f"torchrun ended with {ended.returncode}:\n{ended.stderr[-5000:]}")
+        pytest.fail(f"torchrun with {ranks} ranks failed:\n{text[-5000:]}")
     return [json.loads(file.read_text()) for file in files]
 
 
@@ -56,8 +59,8 @@ def _run(ranks: int, folder: Path) -> Outcomes:
     ("ranks", "name"),
     [pytest.param(n, name, id=f"{n}-{name}") for n, found in sync_worker.CHECKS.items() for name in found],
 )
-def test_with_several_processes(ranks: int, name: str, outcomes: Callable[[int], Outcomes]) -> None:
-    for rank, found in enumerate(outcomes(ranks)):
+def test_with_several_processes(ranks: int, name: str, outcomes: dict[int, Outcomes]) -> None:
+    for rank, found in enumerate(outcomes[ranks]):
         if name not in found:
             pytest.fail(f"rank {rank} did not come to it; it failed {[n for n, e in found.items() if e]}")
         assert found[name] is None, f"rank {rank}: {found[name]}"
@@ -86,7 +89,7 @@ def test_state_is_torchs(options: dict[str, Any]) -> None:
 
 def test_arguments_by_position() -> None:
     """They are torch's, in torch's order."""
-    group = object()
+    group: Any = object()
     for cls in (fl.SyncBatchNorm, nn.SyncBatchNorm):
         layer = cls(4, 1e-3, 0.2, False, True, group, "cpu", torch.float64)
         assert (layer.eps, layer.momentum, layer.affine, layer.process_group) == (1e-3, 0.2, False, group)
@@ -146,11 +149,11 @@ CONVERTED: Mapping[type[nn.Module], type[nn.Module]] = {
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("cls", CONVERTED, ids=lambda cls: f"{cls.__module__.partition('.')[0]}.{cls.__name__}")
 def test_convert_keeps_everything(cls: type[nn.Module], options: dict[str, Any]) -> None:
-    before = cls(4, **options).eval()
+    before: Any = cls(4, **options).eval()
     if before.weight is not None:
         before.weight.requires_grad_(False)
     group: Any = object()
-    after = fl.convert_sync_batchnorm(before, group)
+    after: Any = fl.convert_sync_batchnorm(before, group)
     assert type(after) is CONVERTED[cls]
     assert after.process_group is group
     assert not after.training
@@ -158,19 +161,19 @@ def test_convert_keeps_everything(cls: type[nn.Module], options: dict[str, Any])
     for kind in ("named_parameters", "named_buffers"):
         assert all(a[1] is b[1] for a, b in zip(getattr(after, kind)(), getattr(before, kind)(), strict=True))
     assert after.extra_repr() == before.extra_repr()
-    after.running_mean = None
+    after.register_buffer("running_mean", None)
     assert before.track_running_stats == (before.running_mean is not None)
 
 
 def test_convert_rewrites_a_model_in_place() -> None:
     shared = fl.BatchNormAct2d(4)
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.Sequential(nn.BatchNorm2d(4), shared), shared)
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.Sequential(nn.BatchNorm2d(4), shared), shared)
     calls: list[Tensor] = []
     handle = shared.register_forward_hook(lambda module, args, output: calls.append(output))
     x = torch.randn(2, 3, 5, 5)
     expected = model.eval()(x)
     count = len(calls)
-    assert fl.convert_sync_batchnorm(model) is model
+    returned = fl.convert_sync_batchnorm(model)
     assert type(model[1]) is fl.SyncBatchNormAct
     assert model[1] is model[2][1] is model[3]
     assert type(model[2][0]) is fl.SyncBatchNorm
@@ -179,6 +182,7 @@ def test_convert_rewrites_a_model_in_place() -> None:
     handle.remove()
     model(x)
     assert len(calls) == 2 * count
+    assert returned is model
 
 
 class _Subclass(nn.BatchNorm2d):
