@@ -20,6 +20,11 @@ from fastlayers.modules import (
     Dropout1d,
     Dropout2d,
     Dropout3d,
+    SyncBatchNorm,
+    SyncBatchNormAct,
+    convert_sync_batchnorm,
+    freeze_batch_norm,
+    unfreeze_batch_norm,
 )
 
 __version__ = "0.1.0"
@@ -35,11 +40,16 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
+    "convert_sync_batchnorm",
+    "freeze_batch_norm",
     "functional",
     "get_backend",
     "models",
     "ops",
     "reference",
     "set_backend",
+    "unfreeze_batch_norm",
     "use_backend",
 ]

@@ -61,13 +61,35 @@ def batch_norm_input(input: Tensor, training: bool, eps: float) -> None:
         )
     if not training:
         return
-    if eps <= 0.0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    positive_eps(eps)
     channels = input.shape[1]
     if channels and input.numel() == channels:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.shape} "
             "(input: N * spatial size is 1; allowed: 0, or 2 and more)"
+        )
+
+
+def positive_eps(eps: float) -> None:
+    """Raises what torch raises for an eps that training does not take."""
+    if eps <= 0.0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+
+
+def sync_batch_norm_shape(input: Tensor) -> None:
+    """Raises what `torch.nn.SyncBatchNorm` raises for an input without channels."""
+    if input.dim() < 2:
+        raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+    if input.shape[1] == 0:
+        raise ValueError("SyncBatchNorm number of input channels should be non-zero")
+
+
+def num_features(input: Tensor, num_features: int) -> None:
+    """Raises for another number of channels than the other ranks have."""
+    if input.shape[1] != num_features:
+        raise RuntimeError(
+            f"input: expected {num_features} channels (num_features), but got {input.shape[1]} in shape "
+            f"{tuple(input.shape)}"
         )
 
 

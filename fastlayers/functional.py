@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlayers import activations, autograd, backends, checks, masks, reference
+from fastlayers import activations, autograd, backends, checks, collectives, masks, reference, synchronised
 from fastlayers.activations import ActLayer
+from fastlayers.collectives import Status
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def batch_norm_act(
@@ -27,6 +33,7 @@ def batch_norm_act(
     drop_p: float = 0.0,
     drop_mode: str = "channel",
     num_batches_tracked: Tensor | None = None,
+    stochastic: bool | None = None,
 ) -> Tensor:
     """``dropout(act(batch_norm(input) + residual))`` in one pass forward and one backward.
 
@@ -37,7 +44,7 @@ def batch_norm_act(
         input: (N, C, ...), float32, float64, bfloat16 or float16, in any layout.
         running_mean, running_var: (C,), or both None. Updated in place when `training`, used otherwise.
         weight, bias: (C,), each may be None; float32 or the dtype of `input` (float64 for float64).
-        training: use the statistics of the batch, and drop.
+        training: use the statistics of the batch, and update the running ones.
         momentum: the weight of the newest batch in the running statistics; None averages over all batches, which needs
             `num_batches_tracked`.
         eps: added to the variance.
@@ -48,6 +55,7 @@ def batch_norm_act(
             For the same state of the generator the mask is theirs. What is dropped is exactly zero, even where it
             was NaN.
         num_batches_tracked: an int64 scalar, incremented when `training`; or None.
+        stochastic: drop, and have RReLU draw its slopes; None is as `training`.
 
     Returns:
         A tensor of the shape, dtype and memory layout of `input`.
@@ -57,6 +65,7 @@ def batch_norm_act(
             the same mistakes; ValueError for an unknown activation or mode.
     """
     activation = activations.resolve(act, act_kwargs)
+    stochastic = training if stochastic is None else stochastic
     vectors = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
     checks.running_statistics(running_mean, running_var, num_batches_tracked, training, momentum)
     checks.channel_sizes(input, vectors)
@@ -65,25 +74,116 @@ def batch_norm_act(
     checks.residual(residual, input)
     checks.dropout_probability(drop_p, "drop_p")
     checks.drop_mode(drop_mode)
-    if training and activation.random is not None:
-        z = batch_norm_act(
-            input, running_mean, running_var, weight, bias, training, momentum, eps,
-            residual=residual, num_batches_tracked=num_batches_tracked,
-        )  # fmt: skip
-        return _drop(activation.random(z), drop_p, drop_mode, training)
+    if activation.random is not None:
+        if stochastic:
+            z = batch_norm_act(
+                input, running_mean, running_var, weight, bias, training, momentum, eps,
+                residual=residual, num_batches_tracked=num_batches_tracked,
+            )  # fmt: skip
+            return _drop(activation.random(z), drop_p, drop_mode, True)
+        activation = activation.in_evaluation()
     backend = backends.serving(input)
+    mask = _draw(backend)(input, drop_p, drop_mode, stochastic)
     if backend == "reference":
         return reference.batch_norm_act_masked(
-            input, weight, bias, residual, masks.draw(input, drop_p, drop_mode, training),
-            running_mean, running_var, num_batches_tracked,
+            input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
             training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p,
         )  # fmt: skip
-    draw = masks.draw_for_kernels if backend == "cpp" else masks.draw_for_gpu_kernels
     return autograd.batch_norm_act(
-        input, weight, bias, residual, draw(input, drop_p, drop_mode, training),
-        running_mean, running_var, num_batches_tracked,
+        input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
         training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p, backend=backend,
     )  # fmt: skip
+
+
+def _draw(backend: str) -> Callable[[Tensor, float, str, bool], Tensor | None]:
+    """What draws masks in the form that `backend` takes."""
+    if backend == "reference":
+        return masks.draw
+    return masks.draw_for_kernels if backend == "cpp" else masks.draw_for_gpu_kernels
+
+
+def sync_batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    process_group: ProcessGroup,
+    num_features: int,
+    residual: Tensor | None = None,
+    act: ActLayer = "identity",
+    act_kwargs: Mapping[str, object] | None = None,
+    drop_p: float = 0.0,
+    drop_mode: str = "channel",
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """`batch_norm_act` in training, with the statistics of the batches of all ranks together.
+
+    One gather forward and, if a rank needs the gradient of its input, one sum backward. Gradients of `weight` and
+    `bias` are of this rank's values only, as in `torch.nn.SyncBatchNorm`. Not differentiable twice. Other arguments and
+    errors are those of `batch_norm_act`.
+
+    Args:
+        input: (N, C, ...); N and sizes may differ between ranks, and be 0 on some.
+        process_group: of two ranks or more, each of which calls this.
+        num_features: C, which is the same on all ranks.
+
+    Raises:
+        RuntimeError: this function failed on another rank, whose own error says why; or, in backward, the gradient of
+            the input needs a sum over ranks, some of which recorded no graph.
+        ValueError: the ranks have fewer than two values per channel together.
+    """
+    try:
+        activation = activations.resolve(act, act_kwargs)
+        vectors = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
+        checks.running_statistics(running_mean, running_var, num_batches_tracked, True, momentum)
+        checks.sync_batch_norm_shape(input)
+        checks.channel_sizes(input, vectors)
+        checks.num_features(input, num_features)
+        checks.batch_norm_input(input, False, eps)
+        checks.positive_eps(eps)
+        checks.channel_dtypes(input, vectors[::-1])
+        checks.residual(residual, input)
+        checks.dropout_probability(drop_p, "drop_p")
+        checks.drop_mode(drop_mode)
+        backend = backends.serving(input)
+        fused, fused_p = (activation, drop_p) if activation.random is None else (activations.IDENTITY, 0.0)
+        mask = _draw(backend)(input, fused_p, drop_mode, True)
+        with torch.no_grad():
+            local = synchronised.local_moments(input, backend)
+    except Exception:
+        # The others wait for this rank's statistics.
+        collectives.tell_failure(num_features, _device_of(weight, running_mean, input), process_group)
+        raise
+    status = _status(input, weight, bias, residual)
+    with torch.no_grad():
+        gathered, others = collectives.gather(local, input.numel() // num_features, status, process_group)
+        moments = synchronised.merge(gathered)
+        if running_mean is not None:
+            if num_batches_tracked is not None:
+                num_batches_tracked.add_(1)
+            reference.blend_running_statistics(
+                running_mean, running_var, num_batches_tracked, momentum,
+                moments.mean, moments.var * (moments.values / (moments.values - 1)),
+            )  # fmt: skip
+    call = synchronised.Call(eps, fused, fused_p, backend, process_group.group_name, others)
+    output = synchronised.normalize_act(input, weight, bias, residual, mask, moments, call)
+    return output if activation.random is None else _drop(activation.random(output), drop_p, drop_mode, True)
+
+
+def _device_of(*values: object) -> torch.device:
+    return next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
+
+
+def _status(input: Tensor, *others: Tensor | None) -> Status:
+    if not torch.is_grad_enabled():
+        return Status.NO_GRAPH
+    if input.requires_grad:
+        return Status.INPUT_GRADIENT
+    return Status.GRAPH if any(t is not None and t.requires_grad for t in others) else Status.NO_GRAPH
 
 
 def batch_norm(

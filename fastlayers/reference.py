@@ -7,6 +7,7 @@ Differentiable any number of times by autograd, on any device that torch knows. 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,20 @@ def update_running_statistics(
         num_batches_tracked.add_(1)
     if count == 0:
         return
+    blend_running_statistics(
+        running_mean, running_var, num_batches_tracked, momentum, mean, var * (count / (count - 1))
+    )
+
+
+def blend_running_statistics(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    mean: Tensor,
+    unbiased_var: Tensor,
+) -> None:
+    """``running = (1 - momentum) * running + momentum * batch``; for None, the weight is 1 / `num_batches_tracked`."""
     weight: float | Tensor
     if momentum is not None:
         weight = momentum
@@ -64,7 +79,7 @@ def update_running_statistics(
         assert num_batches_tracked is not None
         weight = 1.0 / num_batches_tracked.to(mean.dtype)
     with torch.no_grad():
-        for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+        for running, batch in ((running_mean, mean), (running_var, unbiased_var)):
             if running is not None:
                 running.copy_(running.to(batch.dtype) * (1 - weight) + batch * weight)
 
@@ -85,10 +100,16 @@ def batch_norm_act(
     drop_p: float = 0.0,
     drop_mode: str = "channel",
     num_batches_tracked: Tensor | None = None,
+    stochastic: bool | None = None,
 ) -> Tensor:
     """See `fastlayers.functional.batch_norm_act`."""
+    stochastic = training if stochastic is None else stochastic
     activation = activations.resolve(act, act_kwargs)
-    mask = masks.draw(input, drop_p, drop_mode, training)
+    mask = masks.draw(input, drop_p, drop_mode, stochastic)
+    if not stochastic:
+        activation = activation.in_evaluation()
+    elif activation.random is not None:
+        activation = replace(activation, apply=activation.random)
     return batch_norm_act_masked(
         input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
         training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p,

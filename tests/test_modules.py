@@ -358,9 +358,9 @@ def test_inputs_are_left_alone() -> None:
     assert torch.equal(residual, _input(2, seed=1))
 
 
-def test_convert_sync_batchnorm_keeps_what_it_can() -> None:
-    """Torch's converter makes a plain SyncBatchNorm of every BatchNorm, ours too: weights stay, the fused rest goes."""
-    network = nn.Sequential(fl.BatchNorm2d(4), fl.BatchNormAct2d(4))
+def test_torchs_convert_sync_batchnorm_takes_what_it_can_keep() -> None:
+    """It makes a plain SyncBatchNorm of every BatchNorm; test_freezing.py has those that would lose something."""
+    network = nn.Sequential(fl.BatchNorm2d(4), fl.BatchNormAct2d(4, act_layer=None))
     _randomise(network)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))
     assert [type(layer) for layer in converted] == [nn.SyncBatchNorm] * 2

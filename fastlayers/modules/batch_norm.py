@@ -8,13 +8,21 @@ from torch import Tensor, nn
 
 from fastlayers import backends, functional
 from fastlayers.activations import IDENTITY, Activation
+from fastlayers.modules import guards
 
 
 class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """What `torch.nn.BatchNorm*` do, by the fused kernels.
 
     Keeps nothing between calls but torch's five state entries.
+
+    Attributes:
+        frozen: see `fastlayers.freeze_batch_norm`, which sets it.
     """
+
+    frozen: bool = False
+    # Of "weight" and "bias" those whose gradients freezing has switched off.
+    _frozen_parameters: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -33,6 +41,32 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not bias:
             self.register_parameter("bias", None)
 
+    @property
+    def eps(self) -> float:
+        """What is added to the variance.
+
+        Everything that rebuilds a BatchNorm as another layer, or folds it into one, reads this; some do it by the class
+        and would leave out what this layer does besides. They get an error (`guards`). `forward` reads ``__dict__``.
+        """
+        if not torch.compiler.is_compiling():
+            guards.raise_if_reader_would_lose(self._fused_with(), self.frozen, self)
+        value: float = self.__dict__["eps"]
+        return value
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.__dict__["eps"] = value
+
+    def _fused_with(self) -> tuple[str, ...]:
+        """What this layer does besides normalising, in words."""
+        return ()
+
+    def reset_running_stats(self) -> None:
+        """As in torch; frozen statistics stay as they are."""
+        # torch.optim.swa_utils.update_bn resets those of every BatchNorm, and here no forward would fill them again.
+        if not self.frozen:
+            super().reset_running_stats()
+
     def reset_parameters(self) -> None:
         self.reset_running_stats()
         if self.weight is not None:
@@ -49,11 +83,11 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         drop_mode: str = "channel",
     ) -> Tensor:
         self._check_input_dim(input)
-        training = self.training
+        stochastic = self.training
+        training = stochastic and not self.frozen
         # Looked up once: a module finds its tensors slowly, and small inputs feel it.
         running_mean, running_var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        # As in torch: statistics of the batch also where there are no running ones, but then nothing is dropped in
-        # evaluation mode.
+        # As in torch: statistics of the batch also where there are no running ones.
         batch_statistics = training or (running_mean is None and running_var is None)
         num_batches_tracked = None
         if training:
@@ -61,10 +95,10 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
                 num_batches_tracked = self.num_batches_tracked
             else:
                 running_mean = running_var = None
-        momentum, eps = self.momentum, self.eps
+        momentum, eps = self.momentum, self.__dict__["eps"]
         if (
             momentum is not None
-            and not (training and drop_p)
+            and not (stochastic and drop_p)
             and backends.prefers_torch(input)
             and _is_plain(residual, input, act)
         ):
@@ -87,9 +121,10 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             eps,
             residual=residual,
             act=act,
-            drop_p=drop_p if training else 0.0,
+            drop_p=drop_p,
             drop_mode=drop_mode,
             num_batches_tracked=num_batches_tracked,
+            stochastic=stochastic,
         )
 
     def forward(self, input: Tensor) -> Tensor:

@@ -74,10 +74,16 @@ class _BatchNormAct(_FusedBatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
+        )
         activation = activations.resolve(act_layer, act_kwargs)
         self.act = activation if apply_act else activations.IDENTITY
         self.drop_p, self.drop_mode = _dropout_of(drop_layer, drop_p, drop_mode)
+
+    def _fused_with(self) -> tuple[str, ...]:
+        act = (f"the activation {self.act.name}",) if self.act.code != activations.IDENTITY.code else ()
+        return (*act, f"dropout of p = {self.drop_p}") if self.drop_p else act
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``dropout(act(batch_norm(input) + residual))``; `residual` has the shape and dtype of `input`."""
