@@ -82,6 +82,31 @@ def test_element_dropout_emulated(act: str, layout: str, with_residual: bool) ->
     )
 
 
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("mode", ["channel", "element"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_dropout_with_running_statistics_emulated(mode: str, layout: str, with_residual: bool) -> None:
+    """As in frozen layers."""
+    x, weight, bias = _inputs(f64, layout)
+    residual = LAYOUTS[layout](torch.randn(3, 5, 4, 6, dtype=f64)).requires_grad_() if with_residual else None
+    sources = [t for t in (x, weight, bias, residual) if t is not None]
+    torch.manual_seed(2)
+    drawn = masks.draw_for_gpu_kernels(x, 0.3, mode, True)
+    assert drawn is not None
+    mask = drawn if mode == "channel" else reference.element_mask(drawn, x, masks.scale(0.3))
+    running = (torch.randn(5, dtype=f64), torch.rand(5, dtype=f64) + 0.5, None)
+    options: dict[str, Any] = {
+        "training": False, "momentum": 0.1, "eps": 1e-5, "activation": resolve("relu"), "drop_p": 0.3,
+    }  # fmt: skip
+    got = autograd.batch_norm_act(x, weight, bias, residual, drawn, *running, backend="emulated", **options)
+    expected = reference.batch_norm_act_masked(x, weight, bias, residual, mask, *running, **options)
+    grad_output = torch.randn_like(expected)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, sources, grad_output), torch.autograd.grad(expected, sources, grad_output)
+    )
+
+
 @pytest.mark.parametrize("mode", ["channel", "element"])
 @pytest.mark.parametrize("act", ["relu", "tanh"])
 @pytest.mark.parametrize("with_residual", [False, True])
