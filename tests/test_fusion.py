@@ -51,7 +51,7 @@ def _randomise(model: nn.Module) -> nn.Module:
     return model
 
 
-def _twins(build: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+def _twins(build: Callable[[], nn.Module]) -> tuple[Any, Any]:
     """A fused model and its original, in float64."""
     original = _randomise(build().double())
     return fl.fuse(copy.deepcopy(original)), original
@@ -195,7 +195,7 @@ _FUSED: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
     "F.dropout": lambda m, z, y: F.dropout(F.relu(z), 0.4, m.training),
     "F.dropout always": lambda m, z, y: F.dropout(F.relu(z), 0.4),
     "F.dropout never": lambda m, z, y: F.dropout(F.relu(z), 0.4, False),
-    "F.dropout2d": lambda m, z, y: F.dropout2d(F.relu(z + y), p=0.4, training=m.training, inplace=True),
+    "F.dropout2d": lambda m, z, y: F.dropout2d(F.silu(z + y), p=0.4, training=m.training, inplace=True),
     "identity between": lambda m, z, y: m.layers[1](m.layers[0](z)),
     "same activation twice": lambda m, z, y: m.layers[1](m.bn(m.layers[1](z))),
 }
@@ -216,7 +216,7 @@ _LEFT_ALONE: dict[str, tuple[Callable[[Any, Tensor, Tensor], Any], str]] = {
     "added to itself": (lambda m, z, y: F.relu(z + z), "adds no other tensor"),
     "a number added": (lambda m, z, y: F.relu(z + 1.0), "adds no other tensor"),
     "alpha": (lambda m, z, y: F.relu(torch.add(z, y, alpha=2)), "alpha = 2"),
-    "added in place to the other": (lambda m, z, y: F.relu((y * 1).add_(z)), "in place to a tensor"),
+    "added in place to the other": (lambda m, z, y: F.relu((y * 1).add_(z)), "in place to another tensor"),
     "no activation": (lambda m, z, y: z * 2, "goes to mul, which is no part"),
     "returned": (lambda m, z, y: z, "returned by the forward"),
     "dropout first": (lambda m, z, y: F.relu(F.dropout(z, 0.5, m.training)), "out of order|F.relu|dropout"),
@@ -289,7 +289,7 @@ def test_chains_across_modules() -> None:
     _assert_same(fused, original, _image())
     calls: list[str] = []
     for model in (fused, original):
-        model[0].behind.register_forward_hook(lambda *_: calls.append("behind"))  # type: ignore[index, union-attr]
+        model[0].behind.register_forward_hook(lambda *_: calls.append("behind"))
     with pytest.warns(fl.FusionWarning, match="behind has hooks"):
         fused(_image())
     original(_image())
@@ -418,23 +418,22 @@ class TypeOfResult(Odd):
         (TypeOfResult, "asks for the type"),
     ],
 )
-def test_forwards_that_no_graph_stands_for(
-    cls: type[Odd], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_forwards_that_no_graph_stands_for(cls: type[Odd], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     """They stay; what is in their submodules is fused."""
     fused, original = _twins(cls)
     assert _chains(fused) == ["1 → 2"], str(fl.fusion_report(fused))
     assert type(fused) is cls
     assert f"the model ({cls.__name__}) cannot be traced" in _reasons(fused)
     assert reason in _reasons(fused)
-    x, state = _image(), copy.deepcopy(fused.seen), 
+    x = _image()
+    assert fused.seen == [0]
     torch.manual_seed(0)
     found = fused(x.clone())
     torch.manual_seed(0)
     torch.testing.assert_close(found, original(x.clone()))
     assert fused.__dict__.keys() >= original.__dict__.keys()
-    assert (fused.count, fused.seen) == (original.count, original.seen)
-    assert state == ([0],)
+    assert fused.count == original.count
+    assert fused.seen == original.seen
     if cls is Printing:
         assert capsys.readouterr().out.count("forward") >= 2
 
@@ -444,7 +443,7 @@ class Switched(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bn, self.relu, self.double, self.extra = nn.BatchNorm2d(3), nn.ReLU(), False, None
+        self.bn, self.relu, self.twice, self.extra = nn.BatchNorm2d(3), nn.ReLU(), False, None
         self.sizes = [1, 2]
 
     def forward(self, x: Tensor | list[Tensor], residual: Tensor | None = None, *, shift: float = 0.0) -> Tensor:
@@ -457,26 +456,28 @@ class Switched(nn.Module):
         z = self.relu(z) + shift
         if self.training:
             z = z * len(self.sizes)
-        return 2 * z if self.double else z
+        return 2 * z if self.twice else z
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_flags_and_types_are_watched(training: bool) -> None:
     fused, original = _twins(Switched)
-    fused.train(training), original.train(training)
+    fused.train(training)
+    original.train(training)
     x = _image()
     torch.testing.assert_close(fused(x), original(x))
     torch.testing.assert_close(fused(x=x, shift=0.0), original(x=x, shift=0.0))
     torch.testing.assert_close(fused([x, x]), original([x, x]))
     torch.testing.assert_close(fused((x, x)), original((x, x)))
+    torch.testing.assert_close(fused(x, x), original(x, x))
+    torch.testing.assert_close(fused(x, residual=x), original(x, residual=x))
+    torch.testing.assert_close(fused(x, None), original(x, None))
     assert not fl.fusion_report(fused).fell_back
     with pytest.warns(fl.FusionWarning, match="other arguments"):
-        torch.testing.assert_close(fused(x, x), original(x, x))
-    torch.testing.assert_close(fused(x, shift=1.0), original(x, shift=1.0))
-    with pytest.raises(TypeError, match="missing 1 required"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        torch.testing.assert_close(fused(x, shift=1.0), original(x, shift=1.0))
+    with pytest.raises(TypeError, match="missing 1 required"):
         fused()
-    for name, value in {"double": True, "extra": nn.Tanh(), "sizes": [1, 2, 3]}.items():
+    for name, value in {"twice": True, "extra": nn.Tanh(), "sizes": [1, 2, 3]}.items():
         if name == "sizes" and not training:
             continue  # not read
         before = getattr(fused, name)
@@ -488,7 +489,8 @@ def test_flags_and_types_are_watched(training: bool) -> None:
             delattr(model, name)
             setattr(model, name, before)
         torch.testing.assert_close(fused(x), original(x))
-    original.sizes.append(3), fused.sizes.append(3)  # type: ignore[operator, union-attr]
+    original.sizes.append(3)
+    fused.sizes.append(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.testing.assert_close(fused(x), original(x))
@@ -561,8 +563,9 @@ def test_changes_after_fusion_are_honoured(change: Callable[[Any], Any], reason:
 def test_hooks_from_before_fire() -> None:
     """On a member the chain is left alone; on the module around it, or the convolution, it is not."""
     for index, fused_chains in ((0, 0), (1, 0), (3, 1)):
-        model, calls = _net(), list[int]()
-        model[index].register_forward_hook(lambda *_, calls=calls: calls.append(1))  # type: ignore[index, union-attr]
+        model: Any = _net()
+        calls: list[int] = []
+        model[index].register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(2))
         fl.fuse(model)
         assert len(_chains(model)) == fused_chains
@@ -675,7 +678,8 @@ def test_dropout_that_is_not_of_channels(drop: nn.Module, shape: tuple[int, ...]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _assert_same(fused, original, _image(*shape))
-    assert (reason in str(fl.fusion_report(fused))) and bool(fl.fusion_report(fused).fell_back) == (reason != "")
+    assert reason in str(fl.fusion_report(fused))
+    assert bool(fl.fusion_report(fused).fell_back) == (reason != "")
 
 
 class _OwnNorm(nn.BatchNorm2d):
@@ -699,14 +703,14 @@ class FrozenBatchNorm2d(nn.Module):
         (nn.LazyBatchNorm2d(), "lazy"),
         (_OwnNorm(3), "_OwnNorm is not a BatchNorm whose forward is known"),
         (FrozenBatchNorm2d(), "FrozenBatchNorm2d is not a BatchNorm"),
-        (parametrizations.weight_norm(nn.BatchNorm2d(3), dim=None), "Parametrized"),
+        (parametrizations.weight_norm(nn.BatchNorm2d(3)), "Parametrized"),
         (parametrizations.spectral_norm(nn.Linear(3, 3)), ""),
         (fl.BatchNormAct2d(3), "has an activation or dropout of its own"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_norms_that_are_not_fused(norm: nn.Module, reason: str) -> None:
-    model = fl.fuse(nn.Sequential(copy.deepcopy(norm), nn.ReLU()))
+    model = fl.fuse(nn.Sequential(norm, nn.ReLU()))
     assert not _chains(model)
     assert reason in _reasons(model)
 
@@ -732,7 +736,7 @@ def test_one_norm_called_twice_updates_its_statistics_in_order() -> None:
     fused, original = _twins(Twice)
     assert _chains(fused) == ["bn → relu", "bn → relu"]
     _assert_same(fused, original, _image())
-    assert int(fused.bn.num_batches_tracked) == 4  # type: ignore[arg-type]
+    assert int(fused.bn.num_batches_tracked) == 4
 
 
 def test_shared_submodule() -> None:
@@ -784,7 +788,7 @@ def test_copies(how: str) -> None:
         file.seek(0)
         copied = torch.load(file, weights_only=False)
     elif how == "copy of a part":
-        copied, original = copy.deepcopy(fused[1]), original[1]  # type: ignore[index]
+        copied, original = copy.deepcopy(fused[1]), original[1]
         assert len(_chains(copied)) == 4
         _assert_same(copied, original, _image(3, 4, 8, 8))
         return
@@ -792,7 +796,7 @@ def test_copies(how: str) -> None:
         copied = pickle.loads(pickle.dumps(fused, protocol=1 if how == "pickle 1" else pickle.HIGHEST_PROTOCOL))
     assert _chains(copied) == _chains(fused)
     _assert_same(copied, original, _image())
-    assert not torch.equal(fused[0][1].running_mean, copied[0][1].running_mean)  # type: ignore[index, union-attr]
+    assert not torch.equal(fused[0][1].running_mean, copied[0][1].running_mean)
     fl.unfuse(copied)
     assert type(copied[1][0]) is BasicBlock
     assert len(_chains(fused)) == 5
@@ -801,11 +805,11 @@ def test_copies(how: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_graph_breaks(training: bool) -> None:
     torch._dynamo.reset()
-    layers = [ConvNormAct(3, 4, act=partial(nn.LeakyReLU, 0.1)), BasicBlock(4, 6), Switched.__mro__[1]()]
-    model = fl.fuse(nn.Sequential(*layers[:2], nn.Dropout2d(0.0)).double()).train(training)
+    layers = [ConvNormAct(3, 4, act=partial(nn.LeakyReLU, 0.1)), BasicBlock(4, 6), nn.Dropout2d(0.0)]
+    model = fl.fuse(nn.Sequential(*layers).double()).train(training)
     assert len(_chains(model)) == 3
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(_step(compiled, _image()), _step(model, _image()), rtol=1e-6, atol=1e-7)  # type: ignore[arg-type]
+    torch.testing.assert_close(_step(compiled, _image()), _step(model, _image()), rtol=1e-6, atol=1e-7)
     torch._dynamo.reset()
 
 
@@ -846,12 +850,13 @@ def test_transforms_run_unfused() -> None:
     x = _image()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for transform in (torch.func.vmap, lambda f: lambda v: torch.func.jvp(f, (v[0],), (v[0],)), torch.func.jacrev):
-            torch.testing.assert_close(transform(fused)(x[None]), transform(original)(x[None]))
+        vmap, jacrev = torch.func.vmap, torch.func.jacrev
+        torch.testing.assert_close(vmap(fused)(x[None]), vmap(original)(x[None]))
+        torch.testing.assert_close(jacrev(fused)(x[:1, :, :2, :2]), jacrev(original)(x[:1, :, :2, :2]))
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x, x)
-            for part, other in zip(*[torch.autograd.forward_ad.unpack_dual(m(dual)) for m in (fused, original)]):
-                torch.testing.assert_close(part, other)
+            found, expected = (torch.autograd.forward_ad.unpack_dual(m(dual)) for m in (fused, original))
+            torch.testing.assert_close(tuple(found), tuple(expected))
         torch.testing.assert_close(torch.jit.trace(fused, x)(x), original(x))
     text = str(fl.fusion_report(fused))
     for reason in ("torch.func", "forward-mode", "torch.jit"):
@@ -900,7 +905,7 @@ def test_example_inputs_find_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("function", [fl.fuse, fl.unfuse])
 def test_only_modules_are_taken(function: Callable[[Any], Any]) -> None:
-    with pytest.raises(TypeError, match="model should be an nn.Module, but got 3 of type int"):
+    with pytest.raises(TypeError, match=r"model should be an nn\.Module, but got 3 of type int"):
         function(3)
 
 
@@ -914,6 +919,6 @@ def test_report_reads_well() -> None:
         "  0: bn2 → add → relu",
         "",
         "Not fused:",
-        "  0.downsample.1: its output is returned by the forward",
+        "  0.downsample.1: it is added in place to another tensor, which may be used elsewhere, by iadd",
         "  1: its output is returned by the forward",
     ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _is_tracing
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
@@ -186,9 +187,7 @@ class Chain:
             parts.drop_p, parts.drop_mode, parts.dropping, parts.drop_module = p, mode, step, module
         return None
 
-    def _unfused(
-        self, input: Tensor, norm: nn.Module, residual: Any, members: tuple[nn.Module | None, ...]
-    ) -> Tensor:
+    def _unfused(self, input: Tensor, norm: nn.Module, residual: Any, members: tuple[nn.Module | None, ...]) -> Tensor:
         output: Tensor = norm(input)
         for step, module in zip(self.steps, members, strict=True):
             output = step.run(output, residual, module)
@@ -227,9 +226,7 @@ class KnownBlock(Chain):
             return "its BatchNorm is frozen while its dropout is active"
         return parts
 
-    def _unfused(
-        self, input: Tensor, norm: nn.Module, residual: Any, members: tuple[nn.Module | None, ...]
-    ) -> Tensor:
+    def _unfused(self, input: Tensor, norm: nn.Module, residual: Any, members: tuple[nn.Module | None, ...]) -> Tensor:
         output: Tensor = table.class_of(norm).forward(norm, input)
         return output
 
@@ -250,7 +247,7 @@ def _problem_here() -> str | None:
         return None
     if _has_any_global_hook():
         return "hooks for all modules are registered"
-    if torch.jit.is_tracing():
+    if _is_tracing():
         return "torch.jit traces the model"
     if peek_interpreter_stack() is not None:
         return "a transform of torch.func is active"

@@ -70,6 +70,7 @@ class Variant:
         guards: what must hold of the module's state.
         inputs: the arguments that it takes, with the type that each must have, "tensor", "sequence" or None for any.
         defaults: the arguments that must be as their defaults.
+        positional: the names of the arguments that can be given by position.
         program: what runs; None for the forward as it is, which has nothing to fuse.
         chains: the names of its chains.
     """
@@ -77,22 +78,23 @@ class Variant:
     guards: tuple[Guard, ...]
     inputs: dict[str, str | None]
     defaults: dict[str, Any]
+    positional: tuple[str, ...]
     program: Program | None
     chains: dict[str, Chain] = field(default_factory=dict)
 
     @classmethod
     def of(cls, traced: Traced, program: Program | None, chains: dict[str, Chain]) -> Variant:
         """The variant that `program`, or without it the forward, is for a traced module."""
-        return cls(traced.guards, traced.inputs, traced.defaults, program, chains)
+        return cls(traced.guards, traced.inputs, traced.defaults, traced.positional, program, chains)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
         """The values of `inputs` in a call; None where the call is none for this variant."""
-        names = list(self.inputs)
-        if len(args) == len(names) and not kwargs:
+        names = tuple(self.inputs)
+        if not kwargs and names == self.positional[: len(args)]:
             values = list(args)
         else:
-            given = dict(zip([*names, *self.defaults], args, strict=False)) | kwargs
-            if len(args) > len(names) + len(self.defaults) or len(given) != len(args) + len(kwargs):
+            given = dict(zip(self.positional, args, strict=False)) | kwargs
+            if len(given) != len(args) + len(kwargs):
                 return None
             for name, value in given.items():
                 if name not in self.inputs and value is not self.defaults.get(name, _MISSING):
@@ -142,7 +144,7 @@ class Fusion:
 
     def select(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
         """The program for a call of `module` and its arguments; None and none for the forward of its class."""
-        problem = "the forward is called with other arguments than it was traced with"
+        problem = "the forward is called with other arguments, or in another mixture of modes, than it was traced with"
         for variant in self.variants:
             values = variant.arguments(args, kwargs)
             if values is None:
@@ -150,7 +152,8 @@ class Fusion:
             failing = failing_guard(module, variant.guards)
             if failing is None:
                 return variant.program, values
-            problem = failing
+            if "training" not in failing:  # else it is the variant for the other mode
+                problem = failing
         if problem not in self.fallbacks:
             self.fallbacks = (*self.fallbacks, problem)
             warn(problem)

@@ -123,7 +123,9 @@ def _grow(norm: fx.Node, root: nn.Module, order: dict[fx.Node, int]) -> Match | 
 
 def _next_step(match: Match, last: fx.Node, root: nn.Module, done: int) -> Step | str:
     """The step that `last`'s only user is, or why the chain ends at `last`."""
-    what = "its output" if last is match.norm else f"the output of {last.target if last.op != 'call_function' else last}"
+    what = (
+        "its output" if last is match.norm else f"the output of {last.target if last.op != 'call_function' else last}"
+    )
     if len(last.users) != 1:
         return f"{what} is used {len(last.users)} times" if last.users else f"{what} is not used"
     user = next(iter(last.users))
@@ -157,11 +159,11 @@ def _addition(match: Match, last: fx.Node, user: fx.Node) -> Step | str:
         return f"{user} adds no other tensor"
     name = table.FUNCTION_NAMES.get(user.target, "") if callable(user.target) else str(user.target)
     if name in table.IN_PLACE_ADDS and user.args[0] is not last:
-        return f"{user} adds in place to a tensor that may be used elsewhere"
+        return f"it is added in place to another tensor, which may be used elsewhere, by {_describe(user, None)}"
     match.residual = others[0]
     slots = {last: Slot.INPUT, others[0]: Slot.RESIDUAL}
     args = tuple(slots[a] for a in user.args)  # type: ignore[index]
-    kwargs = tuple((k, slots.get(v, v)) for k, v in user.kwargs.items())  # type: ignore[call-overload]
+    kwargs = tuple((k, slots[v] if isinstance(v, fx.Node) else v) for k, v in user.kwargs.items())
     return Step("add", "method" if user.op == "call_method" else "function", name, args, kwargs)
 
 
@@ -211,10 +213,10 @@ def _problem_of_call(node: fx.Node) -> str | None:
     return f"{node.target} is called with other arguments than one tensor"
 
 
-def _describe(node: fx.Node, root: nn.Module) -> str:
-    if node.op == "call_module":
+def _describe(node: fx.Node, root: nn.Module | None) -> str:
+    if node.op == "call_module" and root is not None:
         return f"{node.target} ({table.class_of(root.get_submodule(str(node.target))).__name__})"
-    return getattr(node.target, "__name__", str(node.target))
+    return _name(node)
 
 
 def _problem_of_moving(match: Match, root: nn.Module, order: dict[fx.Node, int]) -> str | None:
@@ -240,9 +242,12 @@ def _problem_of_moving(match: Match, root: nn.Module, order: dict[fx.Node, int])
 
 
 _VIEWS = frozenset(
-    "view view_as reshape flatten unflatten squeeze unsqueeze permute transpose t T mT movedim narrow select expand "
-    "expand_as chunk split unbind contiguous detach to type_as float half bfloat16 getitem getattr requires_grad_ "
-    "swapaxes unfold diagonal as_strided tensor_split real imag data".split()
+    {
+        *("view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "as_strided", "unfold"),
+        *("permute", "transpose", "swapaxes", "movedim", "t", "T", "mT", "diagonal", "expand", "expand_as"),
+        *("narrow", "select", "chunk", "split", "tensor_split", "unbind", "getitem", "getattr", "real", "imag", "data"),
+        *("to", "type_as", "float", "half", "bfloat16", "contiguous", "detach", "requires_grad_"),
+    }
 )
 
 
@@ -319,4 +324,3 @@ def substitute(graph: fx.Graph, matches: list[Match], first_name: int) -> dict[s
 
 def _get(graph: fx.Graph, path: str | None) -> fx.Node | None:
     return None if path is None else graph.create_node("get_attr", path)
-

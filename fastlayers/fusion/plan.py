@@ -11,13 +11,14 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import fx, nn
 
 from fastlayers.fusion import match, table
 from fastlayers.fusion.chain import KnownBlock, Step
 from fastlayers.fusion.install import Fusion, Program, Variant, problem_of_class
 from fastlayers.fusion.match import Match
-from fastlayers.fusion.trace import TraceError, Traced, runs_its_forward, trace
+from fastlayers.fusion.trace import Kinds, Traced, TraceError, runs_its_forward, trace
 
 
 def plan(model: nn.Module) -> list[tuple[nn.Module, Fusion]]:
@@ -30,7 +31,7 @@ class _Planner:
         self.model = model
         self.reasons: dict[int, str] = {}
         self.failures: dict[int, str] = {}
-        self._traces: dict[tuple[int, frozenset[str], tuple[tuple[str, str], ...]], Traced | str] = {}
+        self._traces: dict[tuple[int, frozenset[str], tuple[tuple[str, str | None], ...]], Traced | str] = {}
 
     def plan(self) -> list[tuple[nn.Module, Fusion]]:
         fusions: dict[int, tuple[nn.Module, Fusion]] = {}
@@ -38,9 +39,7 @@ class _Planner:
             fusion = _known_block(module) or self._fusion_of(module)
             if fusion is not None:
                 fusions[id(module)] = module, fusion
-        fused = {
-            id(module.get_submodule(chain.norm)) for module, fusion in fusions.values() for chain in fusion.chains
-        }
+        fused = {id(module.get_submodule(chain.norm)) for module, fusion in fusions.values() for chain in fusion.chains}
         for path, module in self.model.named_modules():
             if table.looks_like_batch_norm(module) and id(module) not in fused and id(module) not in fusions:
                 fusions[id(module)] = module, Fusion(reason=self._reason(path, module))
@@ -75,21 +74,25 @@ class _Planner:
                 names += len(variant.chains)
         return Fusion(tuple(variants)) if any(variant.chains for variant in variants) else None
 
-    def _ways(self, module: nn.Module) -> Iterator[tuple[dict[str, str], bool]]:
+    def _ways(self, module: nn.Module) -> Iterator[tuple[Kinds, bool]]:
         """The types of arguments and the modes that the forward of `module` has to be traced with."""
         for mode in (True, False):
-            kinds: list[dict[str, str]] = [{}]
+            kinds: list[Kinds] = [{}]
             with _training(module, mode):
                 traced = self._trace(module, self._inlined(module, {}), {})
+            required, optional = _arguments(module)
             if isinstance(traced, Traced):
                 kinds += [{name: "sequence"} for name in sorted(traced.asked)]
             else:
-                kinds += [{name: "sequence"} for name in _inputs(module)[:1]]
+                kinds += [{name: "sequence"} for name in required[:1]]
+            kinds += [{name: None} for name in optional]
+            if len(optional) > 1:
+                kinds.append(dict.fromkeys(optional))
             yield from ((k, mode) for k in kinds)
             if isinstance(traced, Traced) and all(guard.name != "training" for guard in traced.guards):
                 return
 
-    def _variant(self, module: nn.Module, kinds: dict[str, str], first_name: int) -> Variant | None:
+    def _variant(self, module: nn.Module, kinds: Kinds, first_name: int) -> Variant | None:
         inline = self._inlined(module, kinds)
         traced = self._trace(module, inline, kinds)
         if not isinstance(traced, Traced):
@@ -116,7 +119,7 @@ class _Planner:
             chain.prepare(module)
         return Variant.of(traced, Program.of(graph, table.class_of(module).__name__), chains)
 
-    def _inlined(self, module: nn.Module, kinds: dict[str, str]) -> frozenset[str]:
+    def _inlined(self, module: nn.Module, kinds: Kinds) -> frozenset[str]:
         """The submodules to trace through, so that chains which begin or go on in them are seen whole."""
         inline: frozenset[str] = frozenset()
         refused: set[str] = set()
@@ -187,7 +190,7 @@ class _Planner:
             and runs_its_forward(module)
         )
 
-    def _trace(self, module: nn.Module, inline: frozenset[str], kinds: dict[str, str]) -> Traced | str:
+    def _trace(self, module: nn.Module, inline: frozenset[str], kinds: Kinds) -> Traced | str:
         mode = tuple((path, str(m.training)) for path, m in module.named_modules() if path == "" or path in inline)
         key = (id(module), inline, (*mode, *kinds.items()))
         if key not in self._traces:
@@ -209,14 +212,17 @@ def _candidates(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _inputs(module: nn.Module) -> list[str]:
-    """The names of the arguments of a module's forward that have no default."""
+def _arguments(module: nn.Module) -> tuple[list[str], list[str]]:
+    """The arguments of a module's forward that must be given, and those that are None if they are not."""
     _, *parameters = inspect.signature(type(module).forward).parameters.values()
-    return [p.name for p in parameters if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
+    required = [p.name for p in parameters if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
+    return required, [p.name for p in parameters if p.default is None]
 
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether a module's forward is not looked into: torch's own, other than `nn.Sequential`, and BatchNorms."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     cls = table.class_of(module)
     own = cls.__module__.startswith(("torch.nn.", "torch.ao.nn.", "fastlayers.")) and cls is not nn.Sequential
     return own or table.looks_like_batch_norm(module) or cls.forward is nn.Module.forward
@@ -255,13 +261,12 @@ def _copied(found: Match, copies: dict[fx.Node, fx.Node]) -> Match:
 
 
 @contextmanager
-def _training(module: nn.Module, mode: bool | None) -> Iterator[None]:
+def _training(module: nn.Module, mode: bool) -> Iterator[None]:
     """Sets the mode of all of `module`, whose hooks and overrides of ``train`` are not to notice."""
-    saved = [(m, m.training) for m in module.modules()]
+    saved = [(m, m.training) for m in module.modules() if "training" in m.__dict__]
     try:
-        if mode is not None:
-            for m, _ in saved:
-                m.__dict__["training"] = mode
+        for m, _ in saved:
+            m.__dict__["training"] = mode
         yield
     finally:
         for m, training in saved:
@@ -284,4 +289,6 @@ def _known_block(module: nn.Module) -> Fusion | None:
     )
     chain = KnownBlock("", steps)
     chain.prepare(module)
-    return Fusion((Variant((), {"input": None}, {}, Program(type(module).__name__, source, {}), {"c0": chain}),))
+    return Fusion(
+        (Variant((), {"input": None}, {}, ("input",), Program(type(module).__name__, source, {}), {"c0": chain}),)
+    )

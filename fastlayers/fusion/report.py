@@ -106,5 +106,3 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
         return module.get_submodule(path)
     except AttributeError:  # it was taken out since
         return None
-
-

@@ -16,7 +16,7 @@ import operator
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +61,7 @@ class Traced:
         inputs: the arguments that the graph takes, with the type that the forward saw each as: "tensor", "sequence", or
             None where it never asked.
         defaults: the other arguments, which the graph takes to be as their defaults.
+        positional: the names of the arguments that can be given by position.
         asked: the inputs whose type the forward asked for.
     """
 
@@ -68,8 +69,11 @@ class Traced:
     guards: tuple[Guard, ...]
     inputs: dict[str, str | None]
     defaults: dict[str, Any]
+    positional: tuple[str, ...]
     asked: frozenset[str]
 
+
+Kinds = Mapping[str, str | None]
 
 _TYPES: dict[str, type] = {"tensor": Tensor, "sequence": list}
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, enum.Enum)
@@ -101,8 +105,8 @@ _SILENT_CALLS: dict[Any, str] = {
 class _Proxy(fx.Proxy):
     """A proxy that passes for a tensor, or for a list, where the traced code asks for its type."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         if _is_library(sys._getframe(1)):
             return _Proxy
         return self.tracer.type_of(self.node)  # type: ignore[attr-defined, no-any-return]
@@ -123,12 +127,13 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else what is computed with buffers would be a constant
 
-    def __init__(self, inline: frozenset[str], kinds: dict[str, str]) -> None:
+    def __init__(self, inline: frozenset[str], kinds: Kinds) -> None:
         super().__init__()
         self.inline, self.kinds = inline, kinds
         self.owners = [""]
         self.inputs: dict[str, str | None] = {}
         self.defaults: dict[str, Any] = {}
+        self.positional: list[str] = []
         self.asked: set[str] = set()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -164,19 +169,23 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        # Arguments that have a default are left at it: a proxy is never None, whatever the forward asks.
+        # Arguments that have a default are left at it unless asked for: a proxy is never None, whatever the forward asks.
         _, *parameters = inspect.signature(root_fn).parameters.values()
-        positional, keywords = [], {}
+        positional: list[fx.Proxy] = []
+        keywords: dict[str, fx.Proxy] = {}
         for parameter in parameters:
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            name, kind = parameter.name, parameter.kind
+            if kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 continue
-            if parameter.default is not parameter.empty:
-                self.defaults[parameter.name] = parameter.default
+            if kind != parameter.KEYWORD_ONLY:
+                self.positional.append(name)
+            if parameter.default is not parameter.empty and name not in self.kinds:
+                self.defaults[name] = parameter.default
                 continue
-            self.inputs[parameter.name] = self.kinds.get(parameter.name)
-            proxy = self.create_proxy("placeholder", parameter.name, (), {})
-            if parameter.kind == parameter.KEYWORD_ONLY:
-                keywords[parameter.name] = proxy
+            self.inputs[name] = self.kinds.get(name)
+            proxy = self.create_proxy("placeholder", name, (), {})
+            if kind == parameter.KEYWORD_ONLY or self.defaults:
+                keywords[name] = proxy
             else:
                 positional.append(proxy)
 
@@ -214,7 +223,8 @@ class _Watch:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.paths = {id(module): path for path, module in root.named_modules()}
+        scripted = torch.jit.ScriptModule  # their forward is an attribute, and theirs alone
+        self.paths = {id(m): path for path, m in root.named_modules() if not isinstance(m, scripted)}
         self.reads: dict[tuple[str, str, str], Any] = {}
         self.containers: list[tuple[Any, Any]] = []
         self.violation: str | None = None
@@ -234,7 +244,7 @@ class _Watch:
         saved = {name: nn.Module.__dict__.get(name) for name in ("__getattribute__", "__setattr__", "__delattr__")}
         try:
             # Patched on the class, as torch.fx patches __call__ and __getattr__, and for as long.
-            nn.Module.__getattribute__ = read  # type: ignore[method-assign]
+            nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
             nn.Module.__setattr__ = nn.Module.__delattr__ = write  # type: ignore[method-assign, assignment]
             sys.setprofile(self._audit)
             with _NoRealTensors():
@@ -253,10 +263,11 @@ class _Watch:
             raise TraceError(self.violation)
 
     def guards(self) -> tuple[Guard, ...]:
-        return tuple(
+        found = [
             Guard(tuple(path.split(".")) if path else (), kind, name, expected)
             for (path, kind, name), expected in self.reads.items()
-        )
+        ]
+        return tuple(sorted(found, key=lambda guard: guard.name != "training"))  # what most often differs
 
     def _on_read(self, module: nn.Module, name: str) -> None:
         path = self.paths.get(id(module))
@@ -391,13 +402,14 @@ def runs_its_forward(module: nn.Module) -> bool:
     )
 
 
-def trace(module: nn.Module, inline: frozenset[str] = frozenset(), kinds: dict[str, str] | None = None) -> Traced:
+def trace(module: nn.Module, inline: frozenset[str] = frozenset(), kinds: Kinds | None = None) -> Traced:
     """The forward of `module`, with its submodules as leaves but for those in `inline`, which are traced through.
 
     Args:
         module: is not changed.
         inline: paths of submodules.
-        kinds: for names of arguments, "tensor" or "sequence": what the forward shall see them as if it asks.
+        kinds: for names of arguments what the forward shall see them as if it asks, "tensor" or "sequence"; None for
+            whatever it likes. Arguments that have a default are given only if they are named here.
 
     Raises:
         TraceError: no graph does what the forward does.
@@ -420,8 +432,11 @@ def trace(module: nn.Module, inline: frozenset[str] = frozenset(), kinds: dict[s
     except TraceError:
         raise
     except Exception as error:  # the forward is any code, and so may fail in any way with proxies
-        raise TraceError(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}") from None
+        raise TraceError(
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        ) from None
     inlined = tuple(
         Guard(tuple(path.split(".")), "inlined", "", class_of(module.get_submodule(path))) for path in sorted(inline)
     )
-    return Traced(graph, inlined + watch.guards(), tracer.inputs, tracer.defaults, frozenset(tracer.asked))
+    guards, positional = inlined + watch.guards(), tuple(tracer.positional)
+    return Traced(graph, guards, tracer.inputs, tracer.defaults, positional, frozenset(tracer.asked))
