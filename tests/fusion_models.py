@@ -218,7 +218,7 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
         y = self.scale * self.reduce(F.gelu(self.expand(y)))
-        return x + y.permute(0, 3, 1, 2)
+        return torch.add(x, y.permute(0, 3, 1, 2))
 
 
 def convnext() -> nn.Module:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import io
 import operator
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,13 +60,13 @@ def _twins(build: Callable[[], nn.Module]) -> tuple[Any, Any]:
     return fl.fuse(copy.deepcopy(original)), original
 
 
-def _step(model: nn.Module, *inputs: Any, seed: int = 1) -> list[Tensor]:
+def _step(model: Callable[..., Any], *inputs: Any, seed: int = 1) -> list[Tensor]:
     """Outputs and all gradients; the parameters' are added to those of the step before."""
     leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
     torch.manual_seed(seed)
     outputs = [y for y in pytree.tree_leaves(model(*leaves)) if isinstance(y, Tensor)]
     sum((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() for y in outputs).backward()  # type: ignore[union-attr]
-    grads = [x.grad for x in leaves if isinstance(x, Tensor)] + [p.grad for p in model.parameters()]
+    grads = [x.grad for x in leaves if isinstance(x, Tensor)] + [p.grad for p in model.parameters()]  # type: ignore[attr-defined]
     drawn = torch.rand(1)  # the generator has gone on as far
     return [*outputs, *(torch.zeros(0) if g is None else g for g in grads), drawn]
 
@@ -386,7 +389,7 @@ class _Square(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return 3 * ctx.saved_tensors[0] * grads[0]  # not the derivative, as users' may be
+        return torch.mul(3 * ctx.saved_tensors[0], grads[0])  # not the derivative, as users' may be
 
 
 class OwnGradient(Odd):
@@ -456,7 +459,7 @@ class Switched(nn.Module):
         z = self.relu(z) + shift
         if self.training:
             z = z * len(self.sizes)
-        return 2 * z if self.twice else z
+        return torch.mul(z, 2 if self.twice else 1)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -762,7 +765,7 @@ def test_sequential_with_its_own_forward() -> None:
 
 def test_forward_on_the_instance_is_left_alone() -> None:
     model = _net()
-    model.forward = lambda x: x + 1  # type: ignore[method-assign]
+    model.forward = lambda x: x + 1
     fl.fuse(model)
     assert "its forward was replaced on the instance" in _reasons(model)
     assert torch.equal(model(torch.ones(1)), torch.full((1,), 2.0))
@@ -863,6 +866,74 @@ def test_transforms_run_unfused() -> None:
         assert reason in text
 
 
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    """The model fused before it is wrapped, and within the wrapper; one process."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for fuse_first in (True, False):
+            fused, original = _twins(MODELS["resnet_basic"].build)
+            if not fuse_first:
+                fl.unfuse(fused)
+            wrapped = nn.parallel.DistributedDataParallel(fused)
+            if not fuse_first:
+                fl.fuse(wrapped)
+            assert len(_chains(wrapped)) == 5
+            _assert_same(wrapped.module, original, _image())
+            found, expected = (_step(model, _image()) for model in (wrapped, original))
+            torch.testing.assert_close(found, expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class _OwnCopy(Switched):
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OwnCopy:
+        return self
+
+
+class _OwnCall(Switched):
+    def __call__(self, *args: Any) -> Any:
+        return super().__call__(*args) + 1
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"), [(_OwnCopy, "a way of its own to be copied"), (_OwnCall, "a __call__ of its own")]
+)
+def test_classes_that_cannot_be_replaced(cls: type[Switched], reason: str) -> None:
+    model = fl.fuse(cls())
+    assert type(model) is cls
+    assert reason in _reasons(model)
+
+
+def test_profilers_are_put_back() -> None:
+    """What is traced is watched by a profile function, of which there can be one."""
+    events: list[str] = []
+
+    def own(*event: Any) -> None:
+        events.append(event[1])
+
+    sys.setprofile(own)
+    try:
+        fl.fuse(_net())
+        assert sys.getprofile() is own
+    finally:
+        sys.setprofile(None)
+    with cProfile.Profile() as profile:
+        fl.fuse(_net())
+    assert any("fuse" in str(entry.code) for entry in profile.getstats())
+    assert sys.getprofile() is None
+
+
+def test_traced_models_are_left_alone_but_not_broken() -> None:
+    """A GraphModule is copied by its graph, which knows of no fusion."""
+    traced = torch.fx.symbolic_trace(_net())
+    fl.fuse(traced)
+    assert "it is a torch.fx.GraphModule" in _reasons(traced)
+    with pytest.warns(fl.FusionWarning, match="the input is a Proxy"):
+        torch.fx.symbolic_trace(fl.fuse(_net()))(_image().float())
+
+
 def test_functional_call_and_data_parallel_replicas() -> None:
     fused, original = _twins(_net)
     state = {name: value + 1 if value.is_floating_point() else value for name, value in fused.state_dict().items()}
@@ -870,6 +941,64 @@ def test_functional_call_and_data_parallel_replicas() -> None:
     torch.testing.assert_close(found, expected)
     replica = fused._replicate_for_data_parallel()
     torch.testing.assert_close(replica(_image()), original(_image()))
+
+
+# Models of other libraries, where they are installed.
+
+
+def test_torchvision() -> None:
+    models = pytest.importorskip("torchvision.models")
+    for name, chains in {"resnet18": 17, "vgg11_bn": 8, "densenet121": 121, "convnext_tiny": 0}.items():
+        fused, original = _twins(partial(models.get_model, name))
+        assert len(_chains(fused)) == chains
+        _assert_same(fused, original, _image(2, 3, 64, 64), rtol=1e-5, atol=1e-5)
+
+
+def test_timm() -> None:
+    timm = pytest.importorskip("timm")
+    for name, chains in {"resnet18": 17, "mobilenetv2_050": 35, "efficientnet_b0": 33}.items():
+        fused, original = _twins(partial(timm.create_model, name))
+        assert len(_chains(fused)) == chains
+        _assert_same(fused, original, _image(2, 3, 64, 64), rtol=1e-5, atol=1e-5)
+
+
+class _BatchNormAct(nn.BatchNorm2d):
+    """timm's layer in short: it drops before it activates."""
+
+    def __init__(self, act: nn.Module, drop: nn.Module) -> None:
+        super().__init__(3)
+        self.drop, self.act = drop, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("act", "drop", "problem"),
+    [
+        (nn.SiLU(), nn.Identity(), ""),
+        (nn.ReLU(), nn.Dropout2d(0.5), ""),
+        (nn.LeakyReLU(), nn.Dropout(0.5), ""),
+        (nn.SiLU(), nn.Dropout2d(0.5), "it drops before silu"),
+    ],
+)
+def test_batch_norm_with_its_own_activation(
+    act: nn.Module, drop: nn.Module, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{_BatchNormAct.__module__}.{_BatchNormAct.__qualname__}"
+    for known in (fl.fusion.table.KNOWN_BLOCKS, fl.fusion.table.NORMS_BY_NAME):
+        monkeypatch.setitem(known, name, known["timm.layers.norm_act.BatchNormAct2d"])
+    fused, original = _twins(lambda: nn.Sequential(_BatchNormAct(copy.deepcopy(act), copy.deepcopy(drop))))
+    assert len(_chains(fused)) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _assert_same(fused, original, _image())
+    assert problem in str(fl.fusion_report(fused))
+    assert bool(fl.fusion_report(fused).fell_back) == bool(problem)
+    bare, original = _twins(lambda: nn.Sequential(_BatchNormAct(nn.Identity(), nn.Identity()), nn.ReLU()))
+    assert _chains(bare) == ["0 → 1"]
+    _assert_same(bare, original, _image())
 
 
 # example_inputs

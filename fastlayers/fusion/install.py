@@ -165,6 +165,8 @@ def problem_of_class(module: nn.Module) -> str | None:
     cls = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by torch.jit"
+    if isinstance(module, fx.GraphModule):
+        return "it is a torch.fx.GraphModule: fuse the model before it is traced"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     if cls.__call__ is not nn.Module.__call__:

@@ -185,10 +185,10 @@ def _function_step(user: fx.Node, stage: str) -> Step | str:
                 return f"{user} has p = {p}"
     except (TypeError, ValueError) as error:
         return f"{user}: {error}"
-    method = user.op == "call_method"
-    target = str(user.target) if method else table.FUNCTION_NAMES[user.target]  # type: ignore[index]
+    called = user.target
+    target = called if isinstance(called, str) else table.FUNCTION_NAMES[called]
     args, kwargs = (Slot.INPUT, *user.args[1:]), tuple(user.kwargs.items())
-    return Step(stage, "method" if method else "function", target, args, kwargs, act, drop)
+    return Step(stage, "method" if called == target else "function", target, args, kwargs, act, drop)
 
 
 def _activation(function: table.Function, given: dict[str, Any]) -> activations.Activation:

@@ -7,6 +7,7 @@ watched, and becomes a condition under which the graph may stand for the forward
 
 from __future__ import annotations
 
+import _lsprof
 import builtins
 import copy
 import dis
@@ -169,7 +170,7 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        # Arguments that have a default are left at it unless asked for: a proxy is never None, whatever the forward asks.
+        # Arguments that have a default are left at it unless asked for: a proxy never is None.
         _, *parameters = inspect.signature(root_fn).parameters.values()
         positional: list[fx.Proxy] = []
         keywords: dict[str, fx.Proxy] = {}
@@ -246,11 +247,15 @@ class _Watch:
             # Patched on the class, as torch.fx patches __call__ and __getattr__, and for as long.
             nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
             nn.Module.__setattr__ = nn.Module.__delattr__ = write  # type: ignore[method-assign, assignment]
+            if isinstance(profile, _lsprof.Profiler):  # cProfile's, which sys.setprofile cannot put back
+                profile.disable()
             sys.setprofile(self._audit)
             with _NoRealTensors():
                 yield
         finally:
-            sys.setprofile(profile)
+            sys.setprofile(None if isinstance(profile, _lsprof.Profiler) else profile)
+            if isinstance(profile, _lsprof.Profiler):
+                profile.enable()
             for name, value in saved.items():
                 if value is None:
                     delattr(nn.Module, name)
@@ -376,19 +381,30 @@ def failing_guard(module: nn.Module, guards: tuple[Guard, ...]) -> str | None:
             if child is None:
                 return f"{'.'.join(guard.path)} is gone"
             target = child
-        where = ".".join((*guard.path, guard.name))
-        if guard.kind == "value":
-            if not _same(getattr(target, guard.name, Guard), guard.expected):
-                return f"{where} is no longer {guard.expected!r}"
-        elif guard.kind == "none":
-            if (getattr(target, guard.name, None) is None) != guard.expected:
-                return f"{where} is {'no longer' if guard.expected else 'now'} None"
-        elif guard.kind == "children":
-            if tuple(target._modules) != guard.expected:
-                return f"{'.'.join(guard.path) or 'the module'} has other submodules"
-        elif not runs_its_forward(target) or class_of(target) is not guard.expected:
-            return f"{'.'.join(guard.path)} has hooks, another forward or another class"
+        if not _holds(guard, target):
+            return _what_failed(guard)
     return None
+
+
+def _holds(guard: Guard, target: nn.Module) -> bool:
+    if guard.kind == "value":
+        return _same(getattr(target, guard.name, Guard), guard.expected)
+    if guard.kind == "none":
+        return (getattr(target, guard.name, None) is None) == bool(guard.expected)
+    if guard.kind == "children":
+        return tuple(target._modules) == guard.expected
+    return runs_its_forward(target) and class_of(target) is guard.expected
+
+
+def _what_failed(guard: Guard) -> str:
+    path, where = ".".join(guard.path), ".".join((*guard.path, guard.name))
+    if guard.kind == "value":
+        return f"{where} is no longer {guard.expected!r}"
+    if guard.kind == "none":
+        return f"{where} is {'no longer' if guard.expected else 'now'} None"
+    if guard.kind == "children":
+        return f"{path or 'the module'} has other submodules"
+    return f"{path} has hooks, another forward or another class"
 
 
 def runs_its_forward(module: nn.Module) -> bool:
