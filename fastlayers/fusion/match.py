@@ -202,9 +202,8 @@ def _activation(function: table.Function, given: dict[str, Any]) -> activations.
 def _function(node: fx.Node) -> table.Function | None:
     if node.op == "call_method":
         return table.METHODS.get(str(node.target))
-    if node.op == "call_function" and node.target in table.FUNCTION_NAMES:
-        return table.FUNCTIONS[table.FUNCTION_NAMES[node.target]][1]
-    return None
+    name = table.FUNCTION_NAMES.get(node.target) if callable(node.target) else None
+    return None if name is None else table.FUNCTIONS[name][1]
 
 
 def _problem_of_call(node: fx.Node) -> str | None:

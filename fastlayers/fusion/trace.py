@@ -392,7 +392,7 @@ def _holds(guard: Guard, target: nn.Module) -> bool:
     if guard.kind == "none":
         return (getattr(target, guard.name, None) is None) == bool(guard.expected)
     if guard.kind == "children":
-        return tuple(target._modules) == guard.expected
+        return bool(tuple(target._modules) == guard.expected)
     return runs_its_forward(target) and class_of(target) is guard.expected
 
 
