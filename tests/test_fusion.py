@@ -948,18 +948,18 @@ def test_functional_call_and_data_parallel_replicas() -> None:
 
 def test_torchvision() -> None:
     models = pytest.importorskip("torchvision.models")
-    for name, chains in {"resnet18": 17, "vgg11_bn": 8, "densenet121": 121, "convnext_tiny": 0}.items():
+    for name, chains in {"resnet18": 17, "densenet121": 121, "mobilenet_v3_small": 23}.items():
         fused, original = _twins(partial(models.get_model, name))
         assert len(_chains(fused)) == chains
-        _assert_same(fused, original, _image(2, 3, 64, 64), rtol=1e-5, atol=1e-5)
+        _assert_same(fused, original, _image(4, 3, 64, 64), rtol=1e-5, atol=1e-5)
 
 
 def test_timm() -> None:
     timm = pytest.importorskip("timm")
-    for name, chains in {"resnet18": 17, "mobilenetv2_050": 35, "efficientnet_b0": 33}.items():
+    for name, chains in {"resnet18": 17, "mobilenetv2_050": 35}.items():
         fused, original = _twins(partial(timm.create_model, name))
         assert len(_chains(fused)) == chains
-        _assert_same(fused, original, _image(2, 3, 64, 64), rtol=1e-5, atol=1e-5)
+        _assert_same(fused, original, _image(4, 3, 64, 64), rtol=1e-5, atol=1e-5)
 
 
 class _BatchNormAct(nn.BatchNorm2d):
