@@ -202,6 +202,11 @@ def as_module(act: ActLayer, act_kwargs: Mapping[str, object] | None = None) -> 
     return _kind_of(activation.name).module(**kwargs)
 
 
+def parameters_of(module: type[nn.Module]) -> tuple[str, ...]:
+    """The attributes of one of torch's activation modules that `resolve` reads."""
+    return _kind_of_module(module).parameters
+
+
 def _build(kind: _Kind, kwargs: Mapping[str, object]) -> Activation:
     activation = kind.build(**kwargs)
     return replace(activation, kwargs=tuple(kwargs.items())) if kwargs else activation

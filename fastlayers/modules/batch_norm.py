@@ -81,55 +81,92 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         act: Activation = IDENTITY,
         drop_p: float = 0.0,
         drop_mode: str = "channel",
+        drops: bool | None = None,
     ) -> Tensor:
-        self._check_input_dim(input)
-        stochastic = self.training
-        training = stochastic and not self.frozen
-        # Looked up once: a module finds its tensors slowly, and small inputs feel it.
-        running_mean, running_var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        # As in torch: statistics of the batch also where there are no running ones.
-        batch_statistics = training or (running_mean is None and running_var is None)
-        num_batches_tracked = None
-        if training:
-            if self.track_running_stats:
-                num_batches_tracked = self.num_batches_tracked
-            else:
-                running_mean = running_var = None
-        momentum, eps = self.momentum, self.__dict__["eps"]
-        if (
-            momentum is not None
-            and not (stochastic and drop_p)
-            and backends.prefers_torch(input)
-            and _is_plain(residual, input, act)
-        ):
-            try:
-                z = F.batch_norm(input, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
-            except (ValueError, RuntimeError, TypeError, NotImplementedError):
-                pass  # the checks of what follows raise the same and say more
-            else:
-                if num_batches_tracked is not None:
-                    num_batches_tracked.add_(1)
-                return act.apply(z if residual is None else z + residual)
-        return functional.batch_norm_act(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            batch_statistics,
-            momentum,
-            eps,
-            residual=residual,
-            act=act,
-            drop_p=drop_p,
-            drop_mode=drop_mode,
-            num_batches_tracked=num_batches_tracked,
-            stochastic=stochastic,
-        )
+        return batch_norm_of(self, input, residual, act, drop_p, drop_mode, drops)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises `input`; updates the running statistics in training."""
         return self._fused(input)
+
+
+def fused_batch_norm(
+    layer: nn.modules.batchnorm._BatchNorm,
+    input: Tensor,
+    residual: Tensor | None = None,
+    act: Activation = IDENTITY,
+    drop_p: float = 0.0,
+    drop_mode: str = "channel",
+    drops: bool | None = None,
+) -> Tensor:
+    """``dropout(act(layer(input) + residual))`` with the state and the mode of `layer`, torch's or ours, in one pass.
+
+    Args:
+        layer: read at the call: parameters, statistics, `momentum`, `eps`, `training`.
+        input, residual: of one shape (N, C, ...) and one dtype; `residual` may be None.
+        act: the activation.
+        drop_p, drop_mode: as in `functional.batch_norm_act`.
+        drops: whether to drop, and to draw random slopes; None is as `layer` trains.
+    """
+    if isinstance(layer, _FusedBatchNorm):
+        return layer._fused(input, residual, act, drop_p, drop_mode, drops)
+    return batch_norm_of(layer, input, residual, act, drop_p, drop_mode, drops)
+
+
+def batch_norm_of(
+    layer: nn.modules.batchnorm._BatchNorm,
+    input: Tensor,
+    residual: Tensor | None,
+    act: Activation,
+    drop_p: float,
+    drop_mode: str,
+    drops: bool | None,
+) -> Tensor:
+    """`fused_batch_norm` with the statistics of this process, for any layer."""
+    layer._check_input_dim(input)
+    stochastic = layer.training if drops is None else drops
+    training = layer.training and not getattr(layer, "frozen", False)
+    # Looked up once: a module finds its tensors slowly, and small inputs feel it.
+    running_mean, running_var, weight, bias = layer.running_mean, layer.running_var, layer.weight, layer.bias
+    # As in torch: statistics of the batch also where there are no running ones.
+    batch_statistics = training or (running_mean is None and running_var is None)
+    num_batches_tracked = None
+    if training:
+        if layer.track_running_stats:
+            num_batches_tracked = layer.num_batches_tracked
+        else:
+            running_mean = running_var = None
+    momentum, eps = layer.momentum, layer.__dict__["eps"]
+    if (
+        momentum is not None
+        and not (stochastic and drop_p)
+        and backends.prefers_torch(input)
+        and _is_plain(residual, input, act)
+    ):
+        try:
+            z = F.batch_norm(input, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
+        except (ValueError, RuntimeError, TypeError, NotImplementedError):
+            pass  # the checks of what follows raise the same and say more
+        else:
+            if num_batches_tracked is not None:
+                num_batches_tracked.add_(1)
+            return act.apply(z if residual is None else z + residual)
+    return functional.batch_norm_act(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        batch_statistics,
+        momentum,
+        eps,
+        residual=residual,
+        act=act,
+        drop_p=drop_p,
+        drop_mode=drop_mode,
+        num_batches_tracked=num_batches_tracked,
+        stochastic=stochastic,
+    )
 
 
 def _is_plain(residual: Tensor | None, input: Tensor, act: Activation) -> bool:

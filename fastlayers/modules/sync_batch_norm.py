@@ -59,11 +59,12 @@ class SyncBatchNorm(_FusedBatchNorm):
         act: Activation = IDENTITY,
         drop_p: float = 0.0,
         drop_mode: str = "channel",
+        drops: bool | None = None,
     ) -> Tensor:
         synchronises = self.training and not self.frozen
         group = collectives.group_to_synchronise(self.process_group) if synchronises else None
         if group is None:
-            return super()._fused(input, residual, act, drop_p, drop_mode)
+            return super()._fused(input, residual, act, drop_p, drop_mode, drops)
         tracks = self.track_running_stats
         return functional.sync_batch_norm_act(
             input,
@@ -77,7 +78,7 @@ class SyncBatchNorm(_FusedBatchNorm):
             num_features=self.num_features,
             residual=residual,
             act=act,
-            drop_p=drop_p,
+            drop_p=0.0 if drops is False else drop_p,
             drop_mode=drop_mode,
             num_batches_tracked=self.num_batches_tracked if tracks else None,
         )
