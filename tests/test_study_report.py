@@ -138,7 +138,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (store.folder(Job(published="", training=MLP.training)) / FAILURE_FILE).write_text("ValueError: before\n")
     with pytest.MonkeyPatch.context() as patch:
         # Drawing the other studies that share runs with these would take as long again.
-        patch.setattr(config, "reports", lambda reports=config.reports(): tuple(map(_some_studies, reports)))
+        shown = tuple(map(_some_studies, config.reports()))
+        patch.setattr(config, "reports", lambda: shown)
         report.write(folder)
     return folder
 
@@ -300,13 +301,16 @@ def test_markdown_has_whole_tables_and_links_to_pictures(out: Path) -> None:
     assert any(r"&lt;no> memory \| left" in line for line in lines)
 
 
-def test_terminal(out: Path) -> None:
-    console = Console(width=140, record=True, file=io.StringIO())
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_terminal(out: Path, width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
     report.show(console, out)
     text = console.export_text()
-    assert "81.00 ± 1.41" in text
     assert "[3,3]" in text, "a name, not rich's markup"
-    assert "RuntimeError: <no> memory | left" in text
+    assert "RuntimeError: <no> memory | left" in " ".join(text.split())
+    for number in ("81.00 ± 1.41", "\N{MINUS SIGN}22.90 †", "fastlayers", "1.50"):
+        assert number in text
+    assert "…" not in text
 
 
 def test_without_runs_the_page_says_so(tmp_path: Path) -> None:

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 
 from fastlayers.studies.report import style
 from fastlayers.studies.report.findings import Finding, Variant
-from fastlayers.studies.results import Layers, Result, ResultError, Store
+from fastlayers.studies.results import LANDSCAPE_FILE, Layers, Result, ResultError, Store
 
 Array = NDArray[np.floating]
 Steps = NDArray[np.number]
 
-LANDSCAPE_FILE = "landscape.npz"
 _KINDS = {"batch": ("with BatchNorm", "#0072B2"), "none": ("without BatchNorm", "#D55E00")}
 # A hundredth of the training is averaged: the noise between batches would hide the curves.
 _WINDOWS = 100

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from fastlayers.studies.config import Run
@@ -94,9 +94,14 @@ def tables(finding: Finding) -> list[Table]:
 def short_tables(finding: Finding) -> list[Table]:
     """The same for a terminal's width."""
     rows = _rows(finding)
+    accuracy = [replace(column, group="") for column in _metric(rows, TEST_ACCURACY)]
     times = [column for column in _times(rows) if column.name != "published"]
-    columns = [*_identity(rows), *_run_lengths(rows), *_metric(rows, TEST_ACCURACY), *times]
-    return [Table.of("", columns), *_comparison(finding)] if rows else []
+    columns = [*_identity(rows), *_run_lengths(rows), *accuracy, *times]
+    return (
+        [Table.of(f"{TEST_ACCURACY.heading[0].upper()}{TEST_ACCURACY.heading[1:]}", columns), *_comparison(finding)]
+        if rows
+        else []
+    )
 
 
 def remarks(finding: Finding) -> list[str]:
