@@ -22,8 +22,8 @@ from fastlayers.cli import main
 from fastlayers.data.augmentation import Augmentation, Augmenter
 from fastlayers.studies import config, runner, sweep
 from fastlayers.studies.classifier import Classifier
-from fastlayers.studies.landscape import LANDSCAPE_FILE, look_around
-from fastlayers.studies.results import FAILURE_FILE, Job, Store, read_result
+from fastlayers.studies.landscape import look_around
+from fastlayers.studies.results import FAILURE_FILE, LANDSCAPE_FILE, Job, Store, read_result
 from fastlayers.studies.results import Result as Finished
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastlayers.studies.classifier import Batch, Classifier
-from fastlayers.studies.results import write_whole
+from fastlayers.studies.results import LANDSCAPE_FILE, write_whole
 
-LANDSCAPE_FILE = "landscape.npz"
 # Steps along the gradient, in learning rates: what the optimizer would do, half of it, and twice.
 _REACHES = (0.5, 1.0, 2.0)
 

@@ -17,6 +17,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 RESULT_FILE = "result.json"
 FAILURE_FILE = "failure.txt"
+LANDSCAPE_FILE = "landscape.npz"
 
 
 class _Frozen(BaseModel):
