@@ -232,6 +232,14 @@ def test_augmentation_and_precision(tmp_path: Path) -> None:
     assert len(results(tmp_path)) == 3
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains in float16")
+def test_float16_needs_a_gpu(tmp_path: Path) -> None:
+    said = study(tmp_path, "B1", "--epochs", "1", "--precision", "float16")
+    assert said.exit_code == 1
+    assert "precision: float16 is not there on cpu; allowed: float32, bfloat16" in " ".join(said.output.split())
+    assert not results(tmp_path)
+
+
 def test_diverged_training_is_a_result(tmp_path: Path) -> None:
     machine = runner.Machine(out=tmp_path, progress=False)
     settings = {"optimizer": config.Optimizer(name="sgd", lr=1e30), "loss": config.Loss(name="mse"), "epochs": 2}

@@ -195,7 +195,7 @@ def network(network: Network, channels: int, size: int, layers: Layers) -> nn.Mo
 def _trainer(job: Job, machine: Machine, folder: Path) -> pl.Trainer:
     training = job.training
     several = machine.processes > 1
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator={"cuda": "gpu"}.get(machine.device, machine.device),
         devices=machine.devices,
         num_nodes=machine.nodes,
@@ -213,6 +213,10 @@ def _trainer(job: Job, machine: Machine, folder: Path) -> pl.Trainer:
         enable_model_summary=False,
         default_root_dir=folder,
     )
+    if trainer.precision != _PRECISIONS[job.precision]:
+        device = trainer.strategy.root_device.type
+        raise ValueError(f"precision: {job.precision} is not there on {device}; allowed: float32, bfloat16")
+    return trainer
 
 
 def _callbacks(training: Training, machine: Machine, folder: Path) -> list[Callback]:
@@ -259,13 +263,18 @@ def _result(job: Job, machine: Machine, module: Images, classifier: Classifier, 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's advice that does not apply: the images are in memory, and runs are resumed on purpose."""
+    """Without Lightning's advice that does not apply.
+
+    The images are in memory, runs are resumed on purpose, and what is logged is the same in all processes.
+    """
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+        warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU.*")  # _trainer raises
         warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)
         try:
             yield
