@@ -9,8 +9,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C import _is_tracing
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
-from fastlayers import ops
+from fastlayers import masks, ops
 
 NAMES = ("auto", "cpp", "cuda", "triton", "reference")
 OPS = ("batch_norm_act", "dropout")
@@ -18,6 +21,10 @@ OPS = ("batch_norm_act", "dropout")
 #: Up to this many elements, torch's own layers one after the other take less time than an autograd.Function written in
 #: Python around one kernel, forward and backward (docs/performance.md). Where channels are adjacent torch is faster.
 SMALL_PLANES, SMALL_ROWS = 48 * 1024, 144 * 1024
+#: The same with dropout.
+SMALL_WITH_DROPOUT = 4 * 1024
+
+EXPORT = "torch.export"
 
 # The kernels that "auto" tries on a device, the fastest first; after them comes the reference.
 _KERNELS = {"cpu": ("cpp",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
@@ -94,12 +101,24 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def serving(input: Tensor) -> str:
-    """The backend that serves an operation on `input`: "cpp", "cuda", "triton" or "reference".
+    """The backend that serves an operation on `input`: "cpp", "cuda", "triton", "reference" or "torch".
+
+    The last is `unfused`, torch's own operators one after the other. It serves `observer`s, that see nothing in a
+    kernel, and so decides what exported programs consist of.
 
     Raises:
-        RuntimeError: the backend that was set does not serve the tensor's device.
+        RuntimeError: the backend that was set does not serve the tensor's device, or the observer.
     """
     device = input.device
+    watching = observer()
+    if watching is not None and _current != "reference":
+        if _current == "auto":
+            return "torch"
+        if watching != EXPORT:  # a program of our operators is what was asked for
+            raise RuntimeError(
+                f"backend {_current!r} does not serve {watching}, which cannot look into a kernel "
+                "(set_backend('auto') runs torch's own operators there)"
+            )
     if _current == "auto":
         return "cpp" if device.type == "cpu" else _automatic(device.type, device.index)
     if _current != "reference":
@@ -112,14 +131,36 @@ def serving(input: Tensor) -> str:
     return _current
 
 
-def prefers_torch(input: Tensor) -> bool:
-    """Whether `input` is so small that a layer without dropout had better call torch's own kernels one by one."""
-    if _current != "auto" or input.numel() > SMALL_ROWS or not input.is_cpu or torch.compiler.is_compiling():
+def observer() -> str | None:
+    """What follows a computation operator by operator, and needs such that torch itself defines; None if nothing does.
+
+    `torch.compile` is none: it takes our operators as they are, and their gradients from `autograd`.
+    """
+    if torch.compiler.is_compiling():
+        return EXPORT if torch.compiler.is_exporting() else None
+    if _is_tracing():
+        return "torch.jit.trace"
+    if peek_interpreter_stack() is not None:
+        return "the transforms of torch.func"
+    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
+
+
+def prefers_torch(input: Tensor, drop_p: float = 0.0) -> bool:
+    """Whether `input` is so small that a layer had better call torch's own kernels one by one.
+
+    Args:
+        input: on which the layer is called.
+        drop_p: the probability with which it drops now.
+    """
+    size = input.numel()
+    if size > SMALL_ROWS or _current != "auto" or not input.is_cpu or torch.compiler.is_compiling():
         return False
+    if drop_p and not (size <= SMALL_WITH_DROPOUT and 0.0 < drop_p < 1.0 and masks.runs_eagerly(input)):
+        return False
+    if input.is_contiguous():
+        return size <= SMALL_PLANES or input.dim() == 2
     # Other layouts torch would not keep.
-    if input.dim() == 2 or not input.is_contiguous():
-        return input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last))
-    return input.numel() <= SMALL_PLANES
+    return input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
 
 
 def explain() -> list[Choice]:

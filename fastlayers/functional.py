@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlayers import activations, autograd, backends, checks, masks, reference
+from fastlayers import activations, autograd, backends, checks, masks, reference, unfused
 from fastlayers.activations import ActLayer
 
 
@@ -72,7 +72,13 @@ def batch_norm_act(
         )  # fmt: skip
         return _drop(activation.random(z), drop_p, drop_mode, training)
     backend = backends.serving(input)
-    if backend == "reference":
+    if backend == "torch" and (momentum is not None or not training):
+        return unfused.batch_norm_act(
+            input, running_mean, running_var, weight, bias, residual, num_batches_tracked,
+            training=training, momentum=0.0 if momentum is None else momentum, eps=eps, activation=activation,
+            drop_p=drop_p, drop_mode=drop_mode,
+        )  # fmt: skip
+    if backend in ("reference", "torch"):
         return reference.batch_norm_act_masked(
             input, weight, bias, residual, masks.draw(input, drop_p, drop_mode, training),
             running_mean, running_var, num_batches_tracked,
@@ -156,6 +162,8 @@ def _drop(input: Tensor, p: float, mode: str, training: bool) -> Tensor:
     if training and p > 0:
         checks.dropout_input(input)
     backend = backends.serving(input)
+    if backend == "torch":
+        return unfused.dropout(input, p, mode) if training and p else input
     if backend == "reference":
         return reference.apply_mask(input, masks.draw(input, p, mode, training), p)
     if backend == "cpp":

@@ -94,6 +94,17 @@ def draw_for_gpu_kernels(input: Tensor, p: float, mode: str, training: bool) -> 
     return drawn
 
 
+def draw_tiny(input: Tensor, p: float, mode: str) -> Tensor:
+    """The mask of `draw`, bool, in a shape that broadcasts, for 0 < p < 1 and an `input` that `runs_eagerly` on a CPU."""
+    if mode == "element":
+        mask = torch.empty_like(input, dtype=torch.bool)
+    else:
+        batch, channels, *spatial = input.shape
+        mask = torch.empty((batch, channels, *[1] * len(spatial)), dtype=torch.bool, device="cpu")
+    with _drawing:
+        return mask.bernoulli_(1 - p)
+
+
 def runs_eagerly(input: Tensor) -> bool:
     """Whether a call on `input` computes values now, with no tracer, transform or subclass in between."""
     return (

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlayers import backends, functional
+from fastlayers import backends, functional, unfused
 from fastlayers.activations import IDENTITY, Activation
 
 
@@ -62,20 +61,14 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             else:
                 running_mean = running_var = None
         momentum, eps = self.momentum, self.eps
-        if (
-            momentum is not None
-            and not (training and drop_p)
-            and backends.prefers_torch(input)
-            and _is_plain(residual, input, act)
-        ):
-            try:
-                z = F.batch_norm(input, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
-            except (ValueError, RuntimeError, TypeError, NotImplementedError):
-                pass  # the checks of what follows raise the same and say more
-            else:
-                if num_batches_tracked is not None:
-                    num_batches_tracked.add_(1)
-                return act.apply(z if residual is None else z + residual)
+        dropping = drop_p if training else 0.0
+        if momentum is not None and act.random is None and backends.prefers_torch(input, dropping):
+            output = unfused.tiny_batch_norm_act(
+                input, running_mean, running_var, weight, bias, residual, num_batches_tracked,
+                batch_statistics, momentum, eps, act, dropping, drop_mode,
+            )  # fmt: skip
+            if output is not None:
+                return output
         return functional.batch_norm_act(
             input,
             running_mean,
@@ -87,7 +80,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             eps,
             residual=residual,
             act=act,
-            drop_p=drop_p if training else 0.0,
+            drop_p=dropping,
             drop_mode=drop_mode,
             num_batches_tracked=num_batches_tracked,
         )
@@ -95,13 +88,6 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalises `input`; updates the running statistics in training."""
         return self._fused(input)
-
-
-def _is_plain(residual: Tensor | None, input: Tensor, act: Activation) -> bool:
-    """Whether what follows the normalisation is a sum, which neither broadcasts nor promotes, and a function."""
-    if act.random is not None:
-        return False
-    return residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)
 
 
 class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
