@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._C import _is_tracing
-from torch._C._functorch import peek_interpreter_stack
+from torch._C import _are_functorch_transforms_active, _is_tracing
 from torch.autograd import forward_ad
 
 from fastlayers import masks, ops
@@ -136,12 +135,15 @@ def observer() -> str | None:
 
     `torch.compile` is none: it takes our operators as they are, and their gradients from `autograd`.
     """
-    if torch.compiler.is_compiling():
-        return EXPORT if torch.compiler.is_exporting() else None
+    compiling = torch.compiler.is_compiling()
+    if compiling and torch.compiler.is_exporting():
+        return EXPORT
+    if _are_functorch_transforms_active():
+        return "the transforms of torch.func"
+    if compiling:
+        return None
     if _is_tracing():
         return "torch.jit.trace"
-    if peek_interpreter_stack() is not None:
-        return "the transforms of torch.func"
     return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
 
 
@@ -152,10 +154,13 @@ def prefers_torch(input: Tensor, drop_p: float = 0.0) -> bool:
         input: on which the layer is called.
         drop_p: the probability with which it drops now.
     """
-    size = input.numel()
-    if size > SMALL_ROWS or _current != "auto" or not input.is_cpu or torch.compiler.is_compiling():
+    # Compiled or traced, the answer for this size would become a part of the program.
+    if _current != "auto" or torch.compiler.is_compiling() or _is_tracing() or _are_functorch_transforms_active():
         return False
-    if drop_p and not (size <= SMALL_WITH_DROPOUT and 0.0 < drop_p < 1.0 and masks.runs_eagerly(input)):
+    size = input.numel()
+    if size > SMALL_ROWS or not input.is_cpu:
+        return False
+    if drop_p and not (size <= SMALL_WITH_DROPOUT and 0.0 < drop_p < 1.0 and masks.is_plain(input)):
         return False
     if input.is_contiguous():
         return size <= SMALL_PLANES or input.dim() == 2

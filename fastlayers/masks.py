@@ -32,6 +32,8 @@ MODES = ("channel", "element")
 # Reading, comparing and writing the generator's state takes some 9 us, as bernoulli_ for about this many values.
 _VALUES_WORTH_IT = 512
 
+_PLAIN = (Tensor, Parameter)
+
 # How often another thread's draws may come in between before bernoulli_, which waits for them, draws the mask.
 _ATTEMPTS = 3
 
@@ -95,7 +97,7 @@ def draw_for_gpu_kernels(input: Tensor, p: float, mode: str, training: bool) -> 
 
 
 def draw_tiny(input: Tensor, p: float, mode: str) -> Tensor:
-    """The mask of `draw`, bool, in a shape that broadcasts, for 0 < p < 1 and an `input` that `runs_eagerly` on a CPU."""
+    """The mask of `draw`, bool, to be broadcast, for 0 < p < 1 and an `input` on a CPU that `runs_eagerly`."""
     if mode == "element":
         mask = torch.empty_like(input, dtype=torch.bool)
     else:
@@ -107,13 +109,12 @@ def draw_tiny(input: Tensor, p: float, mode: str) -> Tensor:
 
 def runs_eagerly(input: Tensor) -> bool:
     """Whether a call on `input` computes values now, with no tracer, transform or subclass in between."""
-    return (
-        not is_compiling()
-        and type(input) in (Tensor, Parameter)
-        and _len_torch_dispatch_stack() == 0
-        and peek_interpreter_stack() is None
-        and not _is_tracing()
-    )
+    return not is_compiling() and is_plain(input) and peek_interpreter_stack() is None and not _is_tracing()
+
+
+def is_plain(input: Tensor) -> bool:
+    """Whether `input` is no subclass, and no dispatch mode looks on."""
+    return type(input) in _PLAIN and _len_torch_dispatch_stack() == 0
 
 
 def _draw_eagerly(input: Tensor, keep_probability: float, mode: str, flat: bool) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlayers import masks
-from fastlayers.activations import Activation
+from fastlayers.activations import RELU, Activation
 
 # Given a number, torch makes such a tensor at each call. One without dimensions has no part in the dtype of the result.
 _ZERO = torch.zeros((), dtype=torch.float32, device="cpu")
@@ -84,14 +84,15 @@ def tiny_batch_norm_act(
         return None
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    z = activation.apply(z if residual is None else z + residual)
-    return tiny_dropout(z, drop_p, drop_mode) if drop_p else z
-
-
-def tiny_dropout(input: Tensor, p: float, mode: str) -> Tensor:
-    """`functional.dropout` for what `masks.draw_tiny` draws for, of `input` (N, C, ...) of a few elements."""
-    mask = masks.draw_tiny(input, p, mode)
-    return torch.where(mask, input * _scale(p), _ZERO)
+    if residual is not None:
+        z = z + residual
+    if not drop_p:
+        return activation.apply(z)
+    mask = masks.draw_tiny(z, drop_p, drop_mode)
+    if activation.code == RELU.code:
+        # One node of autograd for both: kept is what is in the mask and not z <= 0, so that NaN is.
+        return torch.where(mask.gt(z.le(_ZERO)), z * _scale(drop_p), _ZERO)
+    return torch.where(mask, activation.apply(z) * _scale(drop_p), _ZERO)
 
 
 @functools.lru_cache

@@ -219,3 +219,43 @@ def test_inductor_draws_whole_planes() -> None:
     planes = kept.flatten(2)
     assert torch.equal(planes.all(2), planes.any(2))
     assert 0.6 < planes.float().mean() < 0.8
+
+
+def test_training_with_evaluation_in_between_recompiles_nothing() -> None:
+    """One graph per mode and direction; after the first epoch no step compiles, whatever its batch and statistics."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3), fl.BatchNormAct2d(6, drop_p=0.3), fl.Dropout(0.2), fl.BatchNorm2d(6, momentum=None)
+    )
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(network, fullgraph=True, dynamic=True, backend=counter)
+    optimiser = torch.optim.SGD(network.parameters(), 0.1)
+    for epoch in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=epoch > 0):
+            network.train()
+            for batch in (8, 12, 5):
+                optimiser.zero_grad()
+                run(torch.randn(batch, 3, 7, 7)).pow(2).sum().backward()
+                optimiser.step()
+            network.eval()
+            with torch.no_grad():
+                for batch in (7, 300):
+                    run(torch.randn(batch, 3, 7, 7))
+    assert counter.frame_count == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    norms = [module for module in network if isinstance(module, nn.BatchNorm2d)]
+    assert [int(norm.num_batches_tracked or 0) for norm in norms] == [9, 9]
+
+
+@pytest.mark.parametrize("make", [lambda: fl.BatchNormAct1d(6), lambda: fl.BatchNormAct1d(6, act_layer="gelu")])
+def test_transforms_inside_of_a_compiled_function(make: Layer) -> None:
+    """torch.func within the graph: torch's own operators stand for ours there too."""
+    layer = make().eval()
+    x = torch.randn(5, 6)
+
+    def gradient(x: Tensor) -> Tensor:
+        found: Tensor = torch.func.grad(lambda x: layer(x).pow(2).sum())(x)
+        return found
+
+    torch.testing.assert_close(torch.compile(gradient, fullgraph=True, backend="aot_eager")(x), gradient(x))
+    batched = torch.compile(lambda x: torch.func.vmap(lambda x: layer(x))(x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(batched(x.expand(3, 5, 6)), layer(x).expand(3, 5, 6))

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from fastlayers import backends, functional, unfused
 from fastlayers.activations import IDENTITY, Activation
+from fastlayers.modules.script import NotScriptable
 
 
-class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
+class _FusedBatchNorm(NotScriptable, nn.modules.batchnorm._BatchNorm):
     """What `torch.nn.BatchNorm*` do, by the fused kernels.
 
     Keeps nothing between calls but torch's five state entries.
@@ -49,8 +50,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     ) -> Tensor:
         self._check_input_dim(input)
         training = self.training
-        # Looked up once: a module finds its tensors slowly, and small inputs feel it.
-        running_mean, running_var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        running_mean, running_var, weight, bias = _tensors_of(self)
         # As in torch: statistics of the batch also where there are no running ones, but then nothing is dropped in
         # evaluation mode.
         batch_statistics = training or (running_mean is None and running_var is None)
@@ -88,6 +88,15 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalises `input`; updates the running statistics in training."""
         return self._fused(input)
+
+
+def _tensors_of(layer: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor | None, ...]:
+    """Running mean and variance, weight and bias. As attributes a module finds them slowly, which tiny inputs feel."""
+    parameters, buffers = layer._parameters, layer._buffers
+    try:
+        return buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"]
+    except KeyError:  # parametrised, or replaced by plain tensors
+        return layer.running_mean, layer.running_var, layer.weight, layer.bias
 
 
 class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
