@@ -20,7 +20,7 @@ OPS = ("batch_norm_act", "dropout")
 #: Up to this many elements, torch's own layers one after the other take less time than an autograd.Function written in
 #: Python around one kernel, forward and backward (docs/performance.md). Where channels are adjacent torch is faster.
 SMALL_PLANES, SMALL_ROWS = 48 * 1024, 144 * 1024
-#: The same with dropout.
+#: The same with dropout, which torch's kernels for exact zeros make slow beyond this.
 SMALL_WITH_DROPOUT = 4 * 1024
 
 EXPORT = "torch.export"
@@ -194,7 +194,10 @@ def _choice(device: str) -> tuple[str, str]:
     if chosen == "reference":
         return chosen, "; ".join(reasons or [f"there are no kernels for {device}"]) + "; so plain PyTorch runs"
     if chosen == "cpp":
-        small = f"without dropout call torch's own up to {SMALL_PLANES} elements, {SMALL_ROWS} with channels last"
+        small = (
+            f"call torch's own up to {SMALL_PLANES} elements, {SMALL_ROWS} with channels last, "
+            f"{SMALL_WITH_DROPOUT} with dropout"
+        )
         reasons.append(f"layers {small}")
     return chosen, "; ".join([f"{'Triton' if chosen == 'triton' else 'compiled'} kernels", *reasons])
 

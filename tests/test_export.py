@@ -166,7 +166,7 @@ def test_runs_without_this_library(tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("training", [False, True])
 def test_trace(training: bool) -> None:
     """Nodes of torch's, for a batch of any size."""

@@ -118,8 +118,8 @@ def _raised_or_found(call: Callable[[], Any]) -> Any:
     torch.manual_seed(SEED)
     try:
         return call()
-    except RuntimeError as error:
-        return str(error)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__} {error}"
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -129,7 +129,9 @@ def test_training(name: str, drop_p: float) -> None:
     modules = [_made(make, True, drop_p) for make in (_ours, _theirs)]
     ours, theirs = (_raised_or_found(lambda m=m: TRANSFORMS[name](m)) for m in modules)
     if isinstance(theirs, str):
-        assert ours.splitlines()[0] == theirs.splitlines()[0]
+        # Ours may go on.
+        assert isinstance(ours, str)
+        assert ours.startswith(theirs.splitlines()[0])
         return
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     for mine, other in zip(modules[0].state_dict().values(), modules[1].state_dict().values(), strict=True):
