@@ -1,4 +1,4 @@
-"""torch.func's transforms and forward-mode differentiation: what torch's layers give, or a word on why not."""
+"""The transforms of torch.func and forward-mode differentiation: what torch's layers give, or a word on why not."""
 
 from __future__ import annotations
 

@@ -71,17 +71,25 @@ def _row(comparison: Comparison, case: Case, rounds: int, compiled: bool) -> Ite
         yield f"{found['ours']:.1f} / {found['theirs']:.1f}: {found['ours'] / found['theirs']:.2f}"
 
 
+def _parsed(shape: str) -> tuple[int, ...]:
+    sizes = shape.split(",")
+    if len(sizes) not in (2, 4) or not all(size.isdecimal() and int(size) for size in sizes):
+        raise click.BadParameter(f"should be N,C or N,C,H,W, not {shape!r}", param_hint="--shape")
+    return tuple(map(int, sizes))
+
+
 @click.command()
 @click.option("--rounds", type=click.IntRange(min=1), default=200, show_default=True, help="Samples of each.")
 @click.option("--compile", "compiled", is_flag=True, help="Under torch.compile, both.")
-def main(rounds: int, compiled: bool) -> None:
+@click.option("--shape", "shapes", multiple=True, metavar="N,C,...", help="Only these. Repeatable.  [default: six]")
+def main(rounds: int, compiled: bool, shapes: tuple[str, ...]) -> None:
     """Print the table. One thread: more have nothing to do."""
     torch.set_num_threads(1)
     click.echo(f"microseconds, ours / torch's: ratio; torch {torch.__version__}{', compiled' * compiled}\n")
     click.echo(f"| layers | shape | {' | '.join(PHASES)} |")
     click.echo(f"| :-- | :-- |{' --: |' * len(PHASES)}")
     for comparison in COMPARISONS:
-        for shape in SHAPES:
+        for shape in [_parsed(text) for text in shapes] or SHAPES:
             case = Case(shape, variant=Variant(drop_p=comparison.drop_p))
             cells = " | ".join(_row(comparison, case, rounds, compiled))
             click.echo(f"| {comparison.name} | {'x'.join(map(str, shape))} | {cells} |")
