@@ -103,7 +103,7 @@ def _gradients(output: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
     return list(torch.autograd.grad(output, leaves, grad_output, allow_unused=True))
 
 
-def _tolerance(expected: Tensor) -> dict[str, float]:
+def _tolerance(expected: Tensor) -> dict[str, Any]:
     """For 16 bits, four units of the largest value: torch rounds on the way, and what cancels is left of that."""
     if expected.dtype not in (torch.bfloat16, torch.float16) or not expected.numel():
         return {}
