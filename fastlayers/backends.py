@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_tracing
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fastlayers import masks, ops
 
@@ -20,8 +21,9 @@ OPS = ("batch_norm_act", "dropout")
 #: Up to this many elements, torch's own layers one after the other take less time than an autograd.Function written in
 #: Python around one kernel, forward and backward (docs/performance.md). Where channels are adjacent torch is faster.
 SMALL_PLANES, SMALL_ROWS = 48 * 1024, 144 * 1024
-#: The same with dropout: exact zeros are a select more, and compiled kernels draw element masks faster.
-SMALL_WITH_DROPOUT = 2 * 1024
+#: The same with dropout: exact zeros are a select more, and compiled kernels draw element masks faster. Also the same
+#: under torch.compile, which makes one kernel of all that it knows.
+TINY = 2 * 1024
 
 EXPORT = "torch.export"
 
@@ -103,7 +105,7 @@ def serving(input: Tensor) -> str:
     """The backend that serves an operation on `input`: "cpp", "cuda", "triton", "reference" or "torch".
 
     The last is `unfused`, torch's own operators one after the other. It serves `observer`s, that see nothing in a
-    kernel, and so decides what exported programs consist of.
+    kernel, and so decides what exported programs consist of; and tiny tensors under torch.compile.
 
     Raises:
         RuntimeError: the backend that was set does not serve the tensor's device, or the observer.
@@ -119,7 +121,9 @@ def serving(input: Tensor) -> str:
                 "(set_backend('auto') runs torch's own operators there)"
             )
     if _current == "auto":
-        return "cpp" if device.type == "cpu" else _automatic(device.type, device.index)
+        if device.type != "cpu":
+            return _automatic(device.type, device.index)
+        return "torch" if torch.compiler.is_compiling() and _is_known_to_be_tiny(input) else "cpp"
     if _current != "reference":
         problem = _constant_problem(_current, device.type, device.index)
         if problem is not None:
@@ -147,6 +151,11 @@ def observer() -> str | None:
     return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
 
 
+def _is_known_to_be_tiny(input: Tensor) -> bool:
+    """Without a guard on sizes that are dynamic: no batch compiles anew for this."""
+    return statically_known_true(input.numel() <= TINY)
+
+
 def prefers_torch(input: Tensor, drop_p: float = 0.0) -> bool:
     """Whether `input` is so small that a layer had better call torch's own kernels one by one.
 
@@ -160,7 +169,7 @@ def prefers_torch(input: Tensor, drop_p: float = 0.0) -> bool:
     size = input.numel()
     if size > SMALL_ROWS or not input.is_cpu:
         return False
-    if drop_p and not (size <= SMALL_WITH_DROPOUT and 0.0 < drop_p < 1.0 and masks.is_plain(input)):
+    if drop_p and not (size <= TINY and 0.0 < drop_p < 1.0 and masks.is_plain(input)):
         return False
     if input.is_contiguous():
         return size <= SMALL_PLANES or input.dim() == 2
@@ -196,7 +205,7 @@ def _choice(device: str) -> tuple[str, str]:
     if chosen == "cpp":
         small = (
             f"call torch's own up to {SMALL_PLANES} elements, {SMALL_ROWS} with channels last, "
-            f"{SMALL_WITH_DROPOUT} with dropout"
+            f"{TINY} with dropout or compiled"
         )
         reasons.append(f"layers {small}")
     return chosen, "; ".join([f"{'Triton' if chosen == 'triton' else 'compiled'} kernels", *reasons])

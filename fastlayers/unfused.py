@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlayers import masks
+from fastlayers import backends, masks, reference
 from fastlayers.activations import RELU, Activation
 
 # Given a number, torch makes such a tensor at each call. One without dimensions has no part in the dtype of the result.
@@ -33,8 +33,8 @@ def batch_norm_act(
 ) -> Tensor:
     """`functional.batch_norm_act`, its arguments checked, as the operators that torch's layers call.
 
-    Exporters, tracers and the transforms of `torch.func` know what these mean. `momentum` is a number: torch's operator
-    has no other. What is dropped is multiplied by zero, as by torch's layers, so that NaN stays NaN.
+    Exporters, tracers and the transforms of `torch.func` know what these mean, and torch.compile makes one kernel of
+    them. `momentum` is a number: torch's operator has no other.
     """
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -44,7 +44,12 @@ def batch_norm_act(
 
 
 def dropout(input: Tensor, p: float, mode: str) -> Tensor:
-    """The dropout of torch, of elements or, for mode "channel", of channels, of (N, C, ...)."""
+    """Dropout of elements or, for mode "channel", of channels, of (N, C, ...).
+
+    For observers it is torch's node, which multiplies by zero, so that NaN stays NaN; else what is dropped is zero.
+    """
+    if backends.observer() is None:
+        return reference.apply_mask(input, masks.draw(input, p, mode, True), p)
     return F.dropout(input, p) if mode == "element" else torch.feature_dropout(input, p, True)
 
 
