@@ -62,7 +62,9 @@ def _activation(
 
 
 def _hardsigmoid(z: Tensor) -> Tensor:
-    # Not F.hardsigmoid: its gradient is 1 / 6 in float32, for float64 too.
+    if torch.compiler.is_exporting():
+        return F.hardsigmoid(z)  # one node
+    # Its gradient is 1 / 6 in float32, for float64 too.
     return F.relu6(z + 3) / 6
 
 
@@ -159,7 +161,7 @@ _DEFAULTS = {name: kind.build() for name, kind in _KINDS.items()}
 #: Every name that ``act=`` and ``act_layer=`` take.
 NAMES: tuple[str, ...] = tuple(_KINDS)
 
-IDENTITY = _DEFAULTS["identity"]
+IDENTITY, RELU = _DEFAULTS["identity"], _DEFAULTS["relu"]
 
 ActLayer = str | type[nn.Module] | nn.Module | Activation | None
 

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_tracing
+from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fastlayers import ops
+from fastlayers import masks, ops
 
 NAMES = ("auto", "cpp", "cuda", "triton", "reference")
 OPS = ("batch_norm_act", "dropout")
@@ -18,6 +21,11 @@ OPS = ("batch_norm_act", "dropout")
 #: Up to this many elements, torch's own layers one after the other take less time than an autograd.Function written in
 #: Python around one kernel, forward and backward (docs/performance.md). Where channels are adjacent torch is faster.
 SMALL_PLANES, SMALL_ROWS = 48 * 1024, 144 * 1024
+#: The same with dropout: exact zeros are a select more, and compiled kernels draw element masks faster. Also the same
+#: under torch.compile, which makes one kernel of all that it knows.
+TINY = 2 * 1024
+
+EXPORT = "torch.export"
 
 # The kernels that "auto" tries on a device, the fastest first; after them comes the reference.
 _KERNELS = {"cpu": ("cpp",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
@@ -94,14 +102,28 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def serving(input: Tensor) -> str:
-    """The backend that serves an operation on `input`: "cpp", "cuda", "triton" or "reference".
+    """The backend that serves an operation on `input`: "cpp", "cuda", "triton", "reference" or "torch".
+
+    The last is `unfused`, torch's own operators one after the other. It serves `observer`s, that see nothing in a
+    kernel, and so decides what exported programs consist of; and tiny tensors under torch.compile.
 
     Raises:
-        RuntimeError: the backend that was set does not serve the tensor's device.
+        RuntimeError: the backend that was set does not serve the tensor's device, or the observer.
     """
     device = input.device
+    watching = observer()
+    if watching is not None and _current != "reference":
+        if _current == "auto":
+            return "torch"
+        if watching != EXPORT:  # a program of our operators is what was asked for
+            raise RuntimeError(
+                f"backend {_current!r} does not serve {watching}, which cannot look into a kernel "
+                "(set_backend('auto') runs torch's own operators there)"
+            )
     if _current == "auto":
-        return "cpp" if device.type == "cpu" else _automatic(device.type, device.index)
+        if device.type != "cpu":
+            return _automatic(device.type, device.index)
+        return "torch" if torch.compiler.is_compiling() and _is_known_to_be_tiny(input) else "cpp"
     if _current != "reference":
         problem = _constant_problem(_current, device.type, device.index)
         if problem is not None:
@@ -112,14 +134,47 @@ def serving(input: Tensor) -> str:
     return _current
 
 
-def prefers_torch(input: Tensor) -> bool:
-    """Whether `input` is so small that a layer without dropout had better call torch's own kernels one by one."""
-    if _current != "auto" or input.numel() > SMALL_ROWS or not input.is_cpu or torch.compiler.is_compiling():
+def observer() -> str | None:
+    """What follows a computation operator by operator, and needs such that torch itself defines; None if nothing does.
+
+    `torch.compile` is none: it takes our operators as they are, and their gradients from `autograd`.
+    """
+    compiling = torch.compiler.is_compiling()
+    if compiling and torch.compiler.is_exporting():
+        return EXPORT
+    if _are_functorch_transforms_active():
+        return "the transforms of torch.func"
+    if compiling:
+        return None
+    if _is_tracing():
+        return "torch.jit.trace"
+    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
+
+
+def _is_known_to_be_tiny(input: Tensor) -> bool:
+    """Without a guard on sizes that are dynamic: no batch compiles anew for this."""
+    return statically_known_true(input.numel() <= TINY)
+
+
+def prefers_torch(input: Tensor, drop_p: float = 0.0) -> bool:
+    """Whether `input` is so small that a layer had better call torch's own kernels one by one.
+
+    Args:
+        input: on which the layer is called.
+        drop_p: the probability with which it drops now.
+    """
+    # Compiled or traced, the answer for this size would become a part of the program.
+    if _current != "auto" or torch.compiler.is_compiling() or _is_tracing() or _are_functorch_transforms_active():
         return False
+    size = input.numel()
+    if size > SMALL_ROWS or not input.is_cpu:
+        return False
+    if drop_p and not (size <= TINY and 0.0 < drop_p < 1.0 and masks.is_plain(input)):
+        return False
+    if input.is_contiguous():
+        return size <= SMALL_PLANES or input.dim() == 2
     # Other layouts torch would not keep.
-    if input.dim() == 2 or not input.is_contiguous():
-        return input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last))
-    return input.numel() <= SMALL_PLANES
+    return input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
 
 
 def explain() -> list[Choice]:
@@ -148,7 +203,10 @@ def _choice(device: str) -> tuple[str, str]:
     if chosen == "reference":
         return chosen, "; ".join(reasons or [f"there are no kernels for {device}"]) + "; so plain PyTorch runs"
     if chosen == "cpp":
-        small = f"without dropout call torch's own up to {SMALL_PLANES} elements, {SMALL_ROWS} with channels last"
+        small = (
+            f"call torch's own up to {SMALL_PLANES} elements, {SMALL_ROWS} with channels last, "
+            f"{TINY} with dropout or compiled"
+        )
         reasons.append(f"layers {small}")
     return chosen, "; ".join([f"{'Triton' if chosen == 'triton' else 'compiled'} kernels", *reasons])
 

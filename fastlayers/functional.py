@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlayers import activations, autograd, backends, checks, collectives, masks, reference, synchronised
+from fastlayers import activations, autograd, backends, checks, collectives, masks, reference, synchronised, unfused
 from fastlayers.activations import ActLayer
 from fastlayers.collectives import Status
 
@@ -83,8 +83,14 @@ def batch_norm_act(
             return _drop(activation.random(z), drop_p, drop_mode, True)
         activation = activation.in_evaluation()
     backend = backends.serving(input)
+    if backend == "torch" and (momentum is not None or not training):
+        return unfused.batch_norm_act(
+            input, running_mean, running_var, weight, bias, residual, num_batches_tracked,
+            training=training, momentum=0.0 if momentum is None else momentum, eps=eps, activation=activation,
+            drop_p=drop_p if stochastic else 0.0, drop_mode=drop_mode,
+        )  # fmt: skip
     mask = _draw(backend)(input, drop_p, drop_mode, stochastic)
-    if backend == "reference":
+    if backend in ("reference", "torch"):
         return reference.batch_norm_act_masked(
             input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
             training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p,
@@ -97,7 +103,7 @@ def batch_norm_act(
 
 def _draw(backend: str) -> Callable[[Tensor, float, str, bool], Tensor | None]:
     """What draws masks in the form that `backend` takes."""
-    if backend == "reference":
+    if backend in ("reference", "torch"):
         return masks.draw
     return masks.draw_for_kernels if backend == "cpp" else masks.draw_for_gpu_kernels
 
@@ -150,6 +156,8 @@ def sync_batch_norm_act(
         checks.dropout_probability(drop_p, "drop_p")
         checks.drop_mode(drop_mode)
         backend = backends.serving(input)
+        if backend == "torch":  # its operators find no statistics apart
+            backend = "reference"
         fused, fused_p = (activation, drop_p) if activation.random is None else (activations.IDENTITY, 0.0)
         mask = _draw(backend)(input, fused_p, drop_mode, True)
         with torch.no_grad():
@@ -256,6 +264,8 @@ def _drop(input: Tensor, p: float, mode: str, training: bool) -> Tensor:
     if training and p > 0:
         checks.dropout_input(input)
     backend = backends.serving(input)
+    if backend == "torch":
+        return unfused.dropout(input, p, mode) if training and p else input
     if backend == "reference":
         return reference.apply_mask(input, masks.draw(input, p, mode, training), p)
     if backend == "cpp":

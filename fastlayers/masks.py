@@ -32,6 +32,8 @@ MODES = ("channel", "element")
 # Reading, comparing and writing the generator's state takes some 9 us, as bernoulli_ for about this many values.
 _VALUES_WORTH_IT = 512
 
+_PLAIN = (Tensor, Parameter)
+
 # How often another thread's draws may come in between before bernoulli_, which waits for them, draws the mask.
 _ATTEMPTS = 3
 
@@ -94,15 +96,25 @@ def draw_for_gpu_kernels(input: Tensor, p: float, mode: str, training: bool) -> 
     return drawn
 
 
+def draw_tiny(input: Tensor, p: float, mode: str) -> Tensor:
+    """The mask of `draw`, bool, to be broadcast, for 0 < p < 1 and an `input` on a CPU that `runs_eagerly`."""
+    if mode == "element":
+        mask = torch.empty_like(input, dtype=torch.bool)
+    else:
+        batch, channels, *spatial = input.shape
+        mask = torch.empty((batch, channels, *[1] * len(spatial)), dtype=torch.bool, device="cpu")
+    with _drawing:
+        return mask.bernoulli_(1 - p)
+
+
 def runs_eagerly(input: Tensor) -> bool:
     """Whether a call on `input` computes values now, with no tracer, transform or subclass in between."""
-    return (
-        not is_compiling()
-        and type(input) in (Tensor, Parameter)
-        and _len_torch_dispatch_stack() == 0
-        and peek_interpreter_stack() is None
-        and not _is_tracing()
-    )
+    return not is_compiling() and is_plain(input) and peek_interpreter_stack() is None and not _is_tracing()
+
+
+def is_plain(input: Tensor) -> bool:
+    """Whether `input` is no subclass, and no dispatch mode looks on."""
+    return type(input) in _PLAIN and _len_torch_dispatch_stack() == 0
 
 
 def _draw_eagerly(input: Tensor, keep_probability: float, mode: str, flat: bool) -> Tensor:

@@ -137,8 +137,15 @@ def _step(layer: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) -> l
     return [y.detach(), *gradients, *(t.clone() for t in module.state_dict().values())]
 
 
+@pytest.fixture(params=["auto", "cpp"])
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tensors that are known to be tiny are left to the compiler, so all is tried with the compiled kernels too."""
+    with fl.use_backend(request.param):
+        yield
+
+
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_in_one_graph(name: str) -> None:
+def test_layers_in_one_graph(name: str, backend: None) -> None:
     """Training and evaluation, forward and backward, several steps: the numbers of the layer itself."""
     make, shape = LAYERS[name]
     plain, compiled = make(), make()
@@ -155,7 +162,7 @@ def test_layers_in_one_graph(name: str) -> None:
 
 @pytest.mark.parametrize("act", ["relu", "gelu"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_residual_in_one_graph(layout: str, act: str) -> None:
+def test_residual_in_one_graph(layout: str, act: str, backend: None) -> None:
     layer = fl.BatchNormAct2d(6, act_layer=act)
     run = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x, residual = (in_layout(torch.randn(5, 6, 3, 4), layout) for _ in range(2))
@@ -169,7 +176,7 @@ def test_residual_in_one_graph(layout: str, act: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_other_batch_sizes_do_not_recompile(name: str) -> None:
+def test_other_batch_sizes_do_not_recompile(name: str, backend: None) -> None:
     """The first change of a size makes it dynamic; every later batch runs the same code."""
     make, shape = LAYERS[name]
     module, counter = make(), CompileCounterWithBackend("aot_eager")
@@ -194,7 +201,7 @@ def test_dynamic_from_the_start() -> None:
     assert counter.frame_count == 2  # forward and backward
 
 
-def test_inductor() -> None:
+def test_inductor(backend: None) -> None:
     """A small network through torch's default compiler: one graph, the numbers of eager execution."""
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3),
@@ -219,3 +226,78 @@ def test_inductor_draws_whole_planes() -> None:
     planes = kept.flatten(2)
     assert torch.equal(planes.all(2), planes.any(2))
     assert 0.6 < planes.float().mean() < 0.8
+
+
+def test_training_with_evaluation_in_between_recompiles_nothing() -> None:
+    """After the first epoch no step compiles, whatever its batch and statistics."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3), fl.BatchNormAct2d(6, drop_p=0.3), fl.Dropout(0.2), fl.BatchNorm2d(6, momentum=None)
+    )
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(network, fullgraph=True, dynamic=True, backend=counter)
+    optimiser = torch.optim.SGD(network.parameters(), 0.1)
+    compiled = []
+    for epoch in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=epoch > 0):
+            network.train()
+            for batch in (8, 12, 5):
+                optimiser.zero_grad()
+                run(torch.randn(batch, 3, 7, 7)).pow(2).sum().backward()
+                optimiser.step()
+            network.eval()
+            with torch.no_grad():
+                for batch in (7, 300):
+                    run(torch.randn(batch, 3, 7, 7))
+        compiled.append(counter.frame_count)
+    assert compiled[0] <= 4  # with gradients and without, training and evaluation
+    assert compiled == compiled[:1] * 3
+    assert not torch._dynamo.utils.counters["graph_break"]
+    norms = [module for module in network if isinstance(module, nn.BatchNorm2d)]
+    assert [int(norm.num_batches_tracked or 0) for norm in norms] == [9, 9]
+
+
+@pytest.mark.parametrize("make", [lambda: fl.BatchNormAct1d(6), lambda: fl.BatchNormAct1d(6, act_layer="gelu")])
+def test_transforms_inside_of_a_compiled_function(make: Layer) -> None:
+    """torch.func within the graph: torch's own operators stand for ours there too."""
+    layer = make().eval()
+    x = torch.randn(5, 6)
+
+    def gradient(x: Tensor) -> Tensor:
+        found: Tensor = torch.func.grad(lambda x: layer(x).pow(2).sum())(x)
+        return found
+
+    torch.testing.assert_close(torch.compile(gradient, fullgraph=True, backend="aot_eager")(x), gradient(x))
+    batched = torch.compile(lambda x: torch.func.vmap(lambda x: layer(x))(x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(batched(x.expand(3, 5, 6)), layer(x).expand(3, 5, 6))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "ours"),
+    [((2, 6, 4, 4), {}, False), ((2, 6, 4, 4), {"dynamic": True}, True), ((32, 6, 16, 16), {}, True)],
+)
+def test_tensors_known_to_be_tiny_are_left_to_the_compiler(
+    shape: tuple[int, ...], options: dict[str, Any], ours: bool
+) -> None:
+    """There a call of an operator costs more than all its work; sizes that may change get no guard for it."""
+    found: list[str] = []
+
+    def note(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        found.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    layer = fl.BatchNormAct2d(6).eval().requires_grad_(False)
+    torch.compile(layer, fullgraph=True, backend=note, **options)(torch.randn(shape))
+    assert any("fastlayers" in name for name in found) == ours, found
+
+
+@pytest.mark.parametrize("mode", ["channel", "element"])
+def test_what_is_dropped_is_zero_in_tiny_tensors_too(mode: str) -> None:
+    layer = fl.BatchNormAct2d(2, act_layer="sigmoid", drop_p=0.5, drop_mode=mode)
+    x = torch.randn(64, 2, 4, 4)
+    x[0, 0, 0, 0] = torch.nan
+    x.requires_grad_()
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    poisoned = y[:, 0]
+    assert poisoned.isnan().any()
+    assert (poisoned == 0).any()
+    assert (poisoned.isnan() | (poisoned == 0)).all()

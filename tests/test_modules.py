@@ -47,8 +47,10 @@ def _backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[N
         yield
 
 
-@pytest.mark.parametrize(("drop_p", "spatial", "own"), [(0.0, 8, False), (0.5, 8, True), (0.0, 64, True)])
-def test_small_tensors_without_dropout_go_to_torch(drop_p: float, spatial: int, own: bool) -> None:
+@pytest.mark.parametrize(
+    ("drop_p", "spatial", "own"), [(0.0, 8, False), (0.5, 4, False), (0.5, 16, True), (0.0, 64, True)]
+)
+def test_small_tensors_go_to_torch(drop_p: float, spatial: int, own: bool) -> None:
     x = torch.randn(4, 16, spatial, spatial, requires_grad=True)
     output = fl.BatchNormAct2d(16, act_layer="identity", drop_p=drop_p)(x)
     assert output.grad_fn is not None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlayers import backends, functional
+from fastlayers import backends, functional, unfused
 from fastlayers.activations import IDENTITY, Activation
 from fastlayers.modules import guards
+from fastlayers.modules.script import NotScriptable
 
 
-class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
+class _FusedBatchNorm(NotScriptable, nn.modules.batchnorm._BatchNorm):
     """What `torch.nn.BatchNorm*` do, by the fused kernels.
 
     Keeps nothing between calls but torch's five state entries.
@@ -126,8 +126,7 @@ def batch_norm_of(
     layer._check_input_dim(input)
     stochastic = layer.training if drops is None else drops
     training = layer.training and not getattr(layer, "frozen", False)
-    # Looked up once: a module finds its tensors slowly, and small inputs feel it.
-    running_mean, running_var, weight, bias = layer.running_mean, layer.running_var, layer.weight, layer.bias
+    running_mean, running_var, weight, bias = _tensors_of(layer)
     # As in torch: statistics of the batch also where there are no running ones.
     batch_statistics = training or (running_mean is None and running_var is None)
     num_batches_tracked = None
@@ -137,20 +136,14 @@ def batch_norm_of(
         else:
             running_mean = running_var = None
     momentum, eps = layer.momentum, layer.__dict__["eps"]
-    if (
-        momentum is not None
-        and not (stochastic and drop_p)
-        and backends.prefers_torch(input)
-        and _is_plain(residual, input, act)
-    ):
-        try:
-            z = F.batch_norm(input, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
-        except (ValueError, RuntimeError, TypeError, NotImplementedError):
-            pass  # the checks of what follows raise the same and say more
-        else:
-            if num_batches_tracked is not None:
-                num_batches_tracked.add_(1)
-            return act.apply(z if residual is None else z + residual)
+    dropping = drop_p if stochastic else 0.0
+    if momentum is not None and act.random is None and backends.prefers_torch(input, dropping):
+        output = unfused.tiny_batch_norm_act(
+            input, running_mean, running_var, weight, bias, residual, num_batches_tracked,
+            batch_statistics, momentum, eps, act, dropping, drop_mode,
+        )  # fmt: skip
+        if output is not None:
+            return output
     return functional.batch_norm_act(
         input,
         running_mean,
@@ -169,11 +162,13 @@ def batch_norm_of(
     )
 
 
-def _is_plain(residual: Tensor | None, input: Tensor, act: Activation) -> bool:
-    """Whether what follows the normalisation is a sum, which neither broadcasts nor promotes, and a function."""
-    if act.random is not None:
-        return False
-    return residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)
+def _tensors_of(layer: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor | None, ...]:
+    """Running mean and variance, weight and bias. As attributes a module finds them slowly, which tiny inputs feel."""
+    parameters, buffers = layer._parameters, layer._buffers
+    try:
+        return buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"]
+    except KeyError:  # parametrised, or replaced by plain tensors
+        return layer.running_mean, layer.running_var, layer.weight, layer.bias
 
 
 class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
