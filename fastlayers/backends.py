@@ -121,9 +121,10 @@ def serving(input: Tensor) -> str:
                 "(set_backend('auto') runs torch's own operators there)"
             )
     if _current == "auto":
-        if device.type != "cpu":
-            return _automatic(device.type, device.index)
-        return "torch" if torch.compiler.is_compiling() and _is_known_to_be_tiny(input) else "cpp"
+        if device.type == "cpu":
+            return "torch" if torch.compiler.is_compiling() and _is_known_to_be_tiny(input) else "cpp"
+        chosen: str = _automatic(device.type, device.index)
+        return chosen
     if _current != "reference":
         problem = _constant_problem(_current, device.type, device.index)
         if problem is not None:

@@ -1032,6 +1032,20 @@ def test_example_inputs_find_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> 
     assert not fl.fusion_report(model).fused
 
 
+@pytest.mark.parametrize(("name", "chains"), [("simp_res9", 9), ("cnn_b", 2), ("mlp_a", 1), ("vgg_a", 8), ("lenet", 0)])
+def test_plain_networks_of_this_library(name: str, chains: int) -> None:
+    """Their forwards are looked into, though they are fastlayers'."""
+    model = fl.fuse(fl.models.build(name, layers="torch"))
+    assert len(fl.fusion_report(model).fused) == chains
+    twin = fl.models.build(name)
+    twin.load_state_dict(model.state_dict())
+    images = torch.randn(4, 3, 32, 32)
+    torch.manual_seed(3)
+    expected = twin(images)
+    torch.manual_seed(3)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_synchronised_after_fusing_or_before() -> None:
     """Without processes; with some it is the layers' business, tests/test_sync_batch_norm.py."""
     x = torch.randn(4, 3, 5, 5)

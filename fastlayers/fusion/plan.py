@@ -224,7 +224,7 @@ def _is_leaf(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return True
     cls = table.class_of(module)
-    own = cls.__module__.startswith(("torch.nn.", "torch.ao.nn.", "fastlayers.")) and cls is not nn.Sequential
+    own = cls.__module__.startswith(("torch.nn.", "torch.ao.nn.", "fastlayers.modules.")) and cls is not nn.Sequential
     return own or table.looks_like_batch_norm(module) or cls.forward is nn.Module.forward
 
 
