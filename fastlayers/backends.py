@@ -122,7 +122,8 @@ def serving(input: Tensor) -> str:
             )
     if _current == "auto":
         if device.type != "cpu":
-            return _automatic(device.type, device.index)
+            chosen: str = _automatic(device.type, device.index)
+            return chosen
         return "torch" if torch.compiler.is_compiling() and _is_known_to_be_tiny(input) else "cpp"
     if _current != "reference":
         problem = _constant_problem(_current, device.type, device.index)
