@@ -183,6 +183,21 @@ def test_a_failed_run_is_reported_and_the_rest_go_on(tmp_path: Path, monkeypatch
     assert len(Store(tmp_path).failures()) == 1
 
 
+def test_study_of_a_formula_trains_nothing(tmp_path: Path) -> None:
+    said = study(tmp_path / "new", "E10")
+    assert said.exit_code == 0
+    assert "Nothing is trained" in said.output
+    assert CliRunner().invoke(main, ["study", "report", str(tmp_path / "new")]).exit_code == 0
+    assert (tmp_path / "new" / "plots" / "E10-focal.png").is_file()
+
+
+def test_folder_of_data_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLAYERS_DATA", str(tmp_path / "nothing"))
+    said = study(tmp_path, "B1")
+    assert said.exit_code == 1
+    assert "cifar-10-python.tar.gz" in said.output
+
+
 def test_missing_data_is_said_at_once(tmp_path: Path) -> None:
     said = study(tmp_path, "B7", "--data-dir", str(tmp_path / "nothing"))
     assert said.exit_code == 1

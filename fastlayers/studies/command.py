@@ -78,7 +78,13 @@ def show(name: str) -> None:
     type=click.Choice(["cifar10", "mnist", "digits"]),
     help="The images.  [default: the study's own where --data-dir or --download is given, otherwise digits]",
 )
-@click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of the official files.")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    envvar="FASTLAYERS_DATA",
+    show_envvar=True,
+    help="Folder of the official files.",
+)
 @click.option("--download", is_flag=True, help="Fetch official files that are missing.")
 @click.option("--only", multiple=True, metavar="RUN", help="Only the run of this name; may be given again.")
 @click.option("--epochs", type=click.IntRange(min=1), help="[default: as published]")
@@ -127,6 +133,9 @@ def run_studies(ctx: click.Context, /, names: Sequence[str], ray: str | None, ou
     machine = Machine(out=out.resolve(), **{key: options[key] for key in Machine.model_fields if key in options})
     jobs = list(_jobs(_chosen(names, options["only"]), options, console))
     console.print(f"{len(jobs)} runs, results in {out}", highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    if not jobs:
+        console.print("Nothing is trained for that; `fastlayers study report` draws it.")
     _check_data(jobs, machine)
     if ray:
         finished = sweep.by_ray(jobs, machine, None if ray == "local" else ray)
