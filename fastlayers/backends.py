@@ -101,11 +101,12 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(previous)
 
 
-def serving(input: Tensor) -> str:
+def serving(input: Tensor, leaves_tiny: bool = True) -> str:
     """The backend that serves an operation on `input`: "cpp", "cuda", "triton", "reference" or "torch".
 
     The last is `unfused`, torch's own operators one after the other. It serves `observer`s, that see nothing in a
-    kernel, and so decides what exported programs consist of; and tiny tensors under torch.compile.
+    kernel, and so decides what exported programs consist of; and, where the caller `leaves_tiny` ones to it, tiny
+    tensors under torch.compile.
 
     Raises:
         RuntimeError: the backend that was set does not serve the tensor's device, or the observer.
@@ -122,7 +123,8 @@ def serving(input: Tensor) -> str:
             )
     if _current == "auto":
         if device.type == "cpu":
-            return "torch" if torch.compiler.is_compiling() and _is_known_to_be_tiny(input) else "cpp"
+            leaves = leaves_tiny and torch.compiler.is_compiling() and _is_known_to_be_tiny(input)
+            return "torch" if leaves else "cpp"
         chosen: str = _automatic(device.type, device.index)
         return chosen
     if _current != "reference":

@@ -155,7 +155,7 @@ def sync_batch_norm_act(
         checks.residual(residual, input)
         checks.dropout_probability(drop_p, "drop_p")
         checks.drop_mode(drop_mode)
-        backend = backends.serving(input)
+        backend = backends.serving(input, leaves_tiny=False)
         if backend == "torch":  # its operators find no statistics apart
             backend = "reference"
         fused, fused_p = (activation, drop_p) if activation.random is None else (activations.IDENTITY, 0.0)

@@ -421,6 +421,27 @@ class _Block(nn.Module):
         return y
 
 
+class _PlainBlock(nn.Module):
+    """The same of torch's layers, for `fuse`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))) + x)
+
+
+def _plain_network() -> nn.Sequential:
+    torch.manual_seed(3)
+    stem = (nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.SiLU())
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4))
+    return nn.Sequential(*stem, _PlainBlock(8), _PlainBlock(8), *head).double()
+
+
 def _network() -> nn.Sequential:
     """A small ResNet."""
     torch.manual_seed(3)
@@ -442,34 +463,62 @@ def _train(network: nn.Module, rank: int, world: int) -> None:
         optimizer.step()
 
 
-def _trained_alone() -> dict[str, Tensor]:
-    network = _network()
-    _train(network, 0, 1)
-    return network.state_dict()
+def _check_training(network: nn.Sequential, build: Callable[[], nn.Sequential]) -> None:
+    """Whether `network`, whole or in shards, has come to where one process comes from `build`."""
+    alone = build()
+    _train(alone, 0, 1)
+    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in network.state_dict().items()}
+    torch.testing.assert_close(whole, dict(alone.state_dict()), rtol=1e-9, atol=1e-9)
+
+
+def _fused() -> nn.Sequential:
+    network = _plain_network()
+    fl.convert_sync_batchnorm(fl.fuse(network))
+    assert len(fl.fusion_report(network).fused) == 5
+    return network
+
+
+def _shard(network: nn.Sequential) -> None:
+    # Not above: three ranks need not wait for it.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for part in network.children():
+        if isinstance(part, (_Block, _PlainBlock)):
+            fully_shard(part, mesh=mesh)
+    fully_shard(network, mesh=mesh)
 
 
 @check(2)
 def trained_by_ddp() -> None:
     network = fl.convert_sync_batchnorm(_network())
     _train(DistributedDataParallel(network), dist.get_rank(), 2)
-    torch.testing.assert_close(network.state_dict(), _trained_alone(), rtol=1e-9, atol=1e-9)
+    _check_training(network, _network)
+
+
+@check(2)
+def fused_and_trained_by_ddp() -> None:
+    network = _fused()
+    _train(DistributedDataParallel(network), dist.get_rank(), 2)
+    assert not fl.fusion_report(network).fell_back
+    _check_training(network, _plain_network)
 
 
 @check(2)
 def trained_by_fsdp2() -> None:
-    # Not above: three ranks need not wait for it.
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     network = fl.convert_sync_batchnorm(_network())
-    mesh = init_device_mesh("cpu", (2,))
-    for part in network.children():
-        if isinstance(part, _Block):
-            fully_shard(part, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    _shard(network)
     _train(network, dist.get_rank(), 2)
-    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in network.state_dict().items()}
-    torch.testing.assert_close(whole, dict(_trained_alone()), rtol=1e-9, atol=1e-9)
+    _check_training(network, _network)
+
+
+@check(2)
+def fused_and_trained_by_fsdp2() -> None:
+    network = _fused()
+    _shard(network)
+    _train(network, dist.get_rank(), 2)
+    _check_training(network, _plain_network)
 
 
 def main(folder: Path) -> None:
