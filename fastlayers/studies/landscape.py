@@ -26,7 +26,7 @@ _REACHES = (0.5, 1.0, 2.0)
 
 
 class Landscape(Callback):
-    """Records the loss of every step and, at every `every`-th, how the loss and its gradient change along the gradient.
+    """Records the loss of every step and, a few times per epoch, how loss and gradient change along the gradient.
 
     At weights w with gradient g, for some distances d: the smallest and largest loss at w - d g / |g|, and the largest
     |g(w - d g / |g|) - g(w)| / d, the effective smoothness. A distance is what plain gradient descent with the run's
@@ -34,8 +34,8 @@ class Landscape(Callback):
     random numbers are given back.
     """
 
-    def __init__(self, every: int = 20) -> None:
-        self.every = every
+    def __init__(self, per_epoch: int = 5) -> None:
+        self.per_epoch = per_epoch
         self.losses: list[float] = []
         self.measured: list[tuple[int, float, float, float]] = []
 
@@ -43,7 +43,7 @@ class Landscape(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Looks around before the step."""
-        if trainer.global_step % self.every == 0:
+        if batch_idx % max(1, int(trainer.num_training_batches) // self.per_epoch) == 0:
             assert isinstance(pl_module, Classifier)
             images, labels = batch
             smoothness, low, high = look_around(
