@@ -492,7 +492,8 @@ def _shard(network: nn.Sequential) -> None:
 
 @check(2)
 def trained_by_ddp() -> None:
-    network = fl.convert_sync_batchnorm(_network())
+    network = _network()
+    fl.convert_sync_batchnorm(network)
     _train(DistributedDataParallel(network), dist.get_rank(), 2)
     _check_training(network, _network)
 
@@ -507,7 +508,8 @@ def fused_and_trained_by_ddp() -> None:
 
 @check(2)
 def trained_by_fsdp2() -> None:
-    network = fl.convert_sync_batchnorm(_network())
+    network = _network()
+    fl.convert_sync_batchnorm(network)
     _shard(network)
     _train(network, dist.get_rank(), 2)
     _check_training(network, _network)
