@@ -82,7 +82,8 @@ def test_every_network_takes_digits() -> None:
     descriptions = {(str(training.network), training.least_image_size): training for training in TRAININGS.values()}
     for training in descriptions.values():
         with torch.device("meta"):
-            network(training.network, 1, max(training.least_image_size, 8), "torch")
+            built = network(training.network, 1, max(training.least_image_size, 8), "torch")
+        assert models.count_parameters(built) > 1000, training.network
 
 
 def test_published_sizes_are_met() -> None:
