@@ -22,6 +22,7 @@ class _EveryImageOnce(DistributedSampler[Batch]):
 
     @property
     def _indices(self) -> range:
+        # torch types a Dataset without a length; a Split has one.
         return range(self.rank, len(self.dataset), self.num_replicas)  # type: ignore[arg-type]
 
 

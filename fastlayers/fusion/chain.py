@@ -132,6 +132,7 @@ class Chain:
             return self._unfused(input, norm, residual, members)
         # The dropout's mode, not the BatchNorm's, says whether something is dropped.
         act, p, mode = parts.act, parts.drop_p, parts.drop_mode
+        # A Module to the checker: table.norm_problem has told that it is a BatchNorm.
         return fused_batch_norm(norm, input, residual, act, p, mode, drops=p > 0)  # type: ignore[arg-type]
 
     def _parts(
@@ -176,6 +177,7 @@ class Chain:
             mode, dims, p = step.drop
         else:
             mode, dims = table.DROPS[table.class_of(module)]
+            # Attributes of modules are tensors or modules to the checker; that of a dropout is a float.
             p = module.p if module.training else 0.0  # type: ignore[assignment]
         if dims is not None and input.dim() != dims:
             return f"{step} does not drop channels of a tensor with {input.dim()} dimensions"

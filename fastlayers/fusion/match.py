@@ -162,6 +162,7 @@ def _addition(match: Match, last: fx.Node, user: fx.Node) -> Step | str:
         return f"it is added in place to another tensor, which may be used elsewhere, by {_describe(user, None)}"
     match.residual = others[0]
     slots = {last: Slot.INPUT, others[0]: Slot.RESIDUAL}
+    # fx types arguments as anything; above they were found to be the two nodes that are keys here.
     args = tuple(slots[a] for a in user.args)  # type: ignore[index]
     kwargs = tuple((k, slots[v] if isinstance(v, fx.Node) else v) for k, v in user.kwargs.items())
     return Step("add", "method" if user.op == "call_method" else "function", name, args, kwargs)
@@ -179,6 +180,7 @@ def _function_step(user: fx.Node, stage: str) -> Step | str:
         if stage == "act":
             act = _activation(function, given)
         else:
+            # fx types arguments as anything; what is no number raises, and is reported.
             p = float(given.get("p", 0.5)) if given.get("training", True) else 0.0  # type: ignore[arg-type]
             drop = (*table.DROPS[getattr(nn, function.name)], p)
             if not 0 <= p <= 1:

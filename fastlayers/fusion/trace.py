@@ -106,10 +106,12 @@ _SILENT_CALLS: dict[Any, str] = {
 class _Proxy(fx.Proxy):
     """A proxy that passes for a tensor, or for a list, where the traced code asks for its type."""
 
+    # To the checker __class__ is settable, and always the class itself; here it is what the traced code is told.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         if _is_library(sys._getframe(1)):
             return _Proxy
+        # The tracer of these proxies is ours, which has the method.
         return self.tracer.type_of(self.node)  # type: ignore[attr-defined, no-any-return]
 
 
@@ -245,6 +247,7 @@ class _Watch:
         saved = {name: nn.Module.__dict__.get(name) for name in ("__getattribute__", "__setattr__", "__delattr__")}
         try:
             # Patched on the class, as torch.fx patches __call__ and __getattr__, and for as long.
+            # The checker refuses what is the purpose here: methods are replaced, and put back below.
             nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
             nn.Module.__setattr__ = nn.Module.__delattr__ = write  # type: ignore[method-assign, assignment]
             if isinstance(profile, _lsprof.Profiler):  # cProfile's, which sys.setprofile cannot put back
@@ -442,6 +445,7 @@ def trace(module: nn.Module, inline: frozenset[str] = frozenset(), kinds: Kinds 
 
         return run_watched, args
 
+    # Of this one tracer, whose method has no hook for it.
     tracer.create_args_for_root = watched  # type: ignore[method-assign]
     try:
         graph = tracer.trace(module)

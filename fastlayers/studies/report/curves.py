@@ -122,6 +122,7 @@ def _key(name: str, colour: Any) -> Artist:
 
 def _layer_keys(finding: Finding) -> list[Artist]:
     keys: list[Artist] = [
+        # The checker takes all keywords for one type.
         Line2D([], [], color="#444444", label=f"layers: {layers}", **style.LAYER_LINES[layers])  # type: ignore[arg-type]
         for layers in finding.layers
     ]
