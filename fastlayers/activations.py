@@ -29,6 +29,7 @@ class Activation:
         apply: the function itself on a tensor.
         derivatives: where the derivative takes only two values, these: the smaller, and the other. Then backward needs
             one bit per element instead of the activation's input.
+        monotone: whether it nowhere falls, so that the largest of several values comes from the largest argument.
         random: what it is in training, if that draws random numbers and so cannot be fused (RReLU).
         kwargs: the parameters it was made with.
     """
@@ -38,6 +39,7 @@ class Activation:
     params: tuple[float, float, float]
     apply: Callable[[Tensor], Tensor] = field(compare=False, repr=False)
     derivatives: tuple[float, float] | None = None
+    monotone: bool = True
     random: Callable[[Tensor], Tensor] | None = field(default=None, compare=False, repr=False)
     kwargs: tuple[tuple[str, object], ...] = ()
 
@@ -55,10 +57,11 @@ def _activation(
     apply: Callable[[Tensor], Tensor],
     *params: float,
     derivatives: tuple[float, float] | None = None,
+    monotone: bool = True,
     random: Callable[[Tensor], Tensor] | None = None,
 ) -> Activation:
     a, b, c = (*params, 0.0, 0.0, 0.0)[:3]
-    return Activation(name, code, (float(a), float(b), float(c)), apply, derivatives, random)
+    return Activation(name, code, (float(a), float(b), float(c)), apply, derivatives, monotone, random)
 
 
 def _hardsigmoid(z: Tensor) -> Tensor:
@@ -70,7 +73,12 @@ def _hardsigmoid(z: Tensor) -> Tensor:
 
 def _leaky_relu(negative_slope: float = 0.01) -> Activation:
     return _activation(
-        "leaky_relu", 3, lambda z: F.leaky_relu(z, negative_slope), negative_slope, derivatives=(negative_slope, 1.0)
+        "leaky_relu",
+        3,
+        lambda z: F.leaky_relu(z, negative_slope),
+        negative_slope,
+        derivatives=(negative_slope, 1.0),
+        monotone=negative_slope >= 0,
     )
 
 
@@ -81,12 +89,13 @@ def _rrelu(lower: float = 1.0 / 8, upper: float = 1.0 / 3) -> Activation:
         lambda z: F.rrelu(z, lower, upper, training=False),
         (lower + upper) / 2,
         derivatives=((lower + upper) / 2, 1.0),
+        monotone=lower + upper >= 0,
         random=lambda z: F.rrelu(z, lower, upper, training=True),
     )
 
 
 def _elu(alpha: float = 1.0) -> Activation:
-    return _activation("elu", 4, lambda z: F.elu(z, alpha), 1.0, alpha, 1.0)
+    return _activation("elu", 4, lambda z: F.elu(z, alpha), 1.0, alpha, 1.0, monotone=alpha >= 0)
 
 
 def _selu() -> Activation:
@@ -101,16 +110,18 @@ def _celu(alpha: float = 1.0) -> Activation:
 
 def _gelu(approximate: str = "none") -> Activation:
     if approximate == "none":
-        return _activation("gelu", 7, F.gelu)
+        return _activation("gelu", 7, F.gelu, monotone=False)
     if approximate == "tanh":
-        return _activation("gelu", 8, lambda z: F.gelu(z, approximate="tanh"))
+        return _activation("gelu", 8, lambda z: F.gelu(z, approximate="tanh"), monotone=False)
     raise ValueError(f"act_kwargs: approximate should be 'none' or 'tanh', but got {approximate!r}")
 
 
 def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
     if beta == 0:
         raise ValueError(f"act_kwargs: beta should not be 0 for softplus, but got {beta}")
-    return _activation("softplus", 13, lambda z: F.softplus(z, beta, threshold), beta, threshold)
+    return _activation(
+        "softplus", 13, lambda z: F.softplus(z, beta, threshold), beta, threshold, monotone=beta > 0 <= threshold
+    )
 
 
 @dataclass(frozen=True)
@@ -139,13 +150,13 @@ _KINDS: dict[str, _Kind] = {
     "elu": _kind(_elu, nn.ELU),
     "selu": _kind(_selu, nn.SELU),
     "celu": _kind(_celu, nn.CELU),
-    "silu": _fixed(_activation("silu", 5, F.silu), nn.SiLU),
-    "mish": _fixed(_activation("mish", 6, F.mish), nn.Mish),
+    "silu": _fixed(_activation("silu", 5, F.silu, monotone=False), nn.SiLU),
+    "mish": _fixed(_activation("mish", 6, F.mish, monotone=False), nn.Mish),
     "gelu": _kind(_gelu, nn.GELU),
     "gelu_tanh": _fixed(replace(_gelu("tanh"), name="gelu_tanh"), nn.GELU),
     "sigmoid": _fixed(_activation("sigmoid", 9, torch.sigmoid), nn.Sigmoid),
     "tanh": _fixed(_activation("tanh", 10, torch.tanh), nn.Tanh),
-    "hardswish": _fixed(_activation("hardswish", 11, F.hardswish), nn.Hardswish),
+    "hardswish": _fixed(_activation("hardswish", 11, F.hardswish, monotone=False), nn.Hardswish),
     "hardsigmoid": _fixed(_activation("hardsigmoid", 12, _hardsigmoid, derivatives=(0.0, 1 / 6)), nn.Hardsigmoid),
     "softplus": _kind(_softplus, nn.Softplus),
 }
