@@ -104,7 +104,7 @@ def resolve(pool: PoolLayer, dims: int, name: str = "pool") -> Pool | None:
         return None
     if isinstance(pool, Pool):
         resolved = pool
-    elif type(pool) in _MODULES:
+    elif isinstance(pool, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) and type(pool) in _MODULES:
         if pool.return_indices:
             raise ValueError(f"{name}: {pool!r} returns indices, which a fused layer does not; allowed: without")
         resolved = _pool(_MODULES[type(pool)], {key: getattr(pool, key) for key in _KEYWORDS}, name)
@@ -131,12 +131,11 @@ def _pool(dims: int, given: Mapping[str, Any], name: str) -> Pool:
 
     kernel_size = numbers("kernel_size", None, 1)
     padding, dilation = numbers("padding", 0, 0), numbers("dilation", 1, 1)
-    for size, pad, step in zip(kernel_size, padding, dilation, strict=True):
-        if pad > ((size - 1) * step + 1) // 2:
-            raise ValueError(
-                f"pad should be at most half of effective kernel size, but got pad={pad}, kernel_size={size} and "
-                f"dilation={step} ({name})"
-            )
+    if any(2 * pad > size for size, pad in zip(kernel_size, padding, strict=True)):
+        raise ValueError(
+            f"pad should be smaller than or equal to half of kernel size, but got {name}: padding={padding}, "
+            f"kernel_size={kernel_size}"
+        )
     # As in torch, no stride, or an empty one, is the kernel's size.
     stride = kernel_size if given.get("stride") in (None, (), []) else numbers("stride", None, 1)
     return Pool(kernel_size, stride, padding, dilation, bool(given.get("ceil_mode", False)))
