@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch.nn.functional as F
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 MOST_POSITIONS = 256
 
 _FUNCTIONS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-_MODULES: dict[type[nn.Module], int] = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
-_KEYWORDS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+#: Torch's layers, and how many spatial dimensions each has.
+MODULES: Mapping[type[nn.Module], int] = MappingProxyType({nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3})
+#: What a `Pool` is made of, in the order of torch's arguments.
+KEYWORDS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Pool:
         return tuple(_output_size(*numbers, self.ceil_mode) for numbers in per_dim)
 
     def __str__(self) -> str:
-        described = ", ".join(f"{name}={_short(getattr(self, name))}" for name in _KEYWORDS[:-1])
+        described = ", ".join(f"{name}={_short(getattr(self, name))}" for name in KEYWORDS[:-1])
         return f"MaxPool{self.dims}d({described}, ceil_mode={self.ceil_mode})"
 
 
@@ -104,10 +107,10 @@ def resolve(pool: PoolLayer, dims: int, name: str = "pool") -> Pool | None:
         return None
     if isinstance(pool, Pool):
         resolved = pool
-    elif isinstance(pool, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) and type(pool) in _MODULES:
+    elif isinstance(pool, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) and type(pool) in MODULES:
         if pool.return_indices:
             raise ValueError(f"{name}: {pool!r} returns indices, which a fused layer does not; allowed: without")
-        resolved = _pool(_MODULES[type(pool)], {key: getattr(pool, key) for key in _KEYWORDS}, name)
+        resolved = _pool(MODULES[type(pool)], {key: getattr(pool, key) for key in KEYWORDS}, name)
     elif isinstance(pool, Mapping):
         resolved = _pool(dims, pool, name)
     else:
@@ -119,9 +122,9 @@ def resolve(pool: PoolLayer, dims: int, name: str = "pool") -> Pool | None:
 
 
 def _pool(dims: int, given: Mapping[str, Any], name: str) -> Pool:
-    unknown = sorted(set(given) - set(_KEYWORDS))
+    unknown = sorted(set(given) - set(KEYWORDS))
     if unknown:
-        raise ValueError(f"{name}: unknown {', '.join(unknown)}; allowed: {', '.join(_KEYWORDS)}")
+        raise ValueError(f"{name}: unknown {', '.join(unknown)}; allowed: {', '.join(KEYWORDS)}")
     if given.get("kernel_size") is None:
         raise ValueError(f"{name}: kernel_size is missing in {dict(given)}")
 

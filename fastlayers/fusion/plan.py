@@ -7,6 +7,7 @@ is that traced through.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -257,7 +258,8 @@ def _common(paths: set[str]) -> str:
 
 def _copied(found: Match, copies: dict[fx.Node, fx.Node]) -> Match:
     residual = None if found.residual is None else copies[found.residual]
-    return Match(copies[found.norm], [copies[node] for node in found.nodes], found.steps, residual)
+    nodes = [copies[node] for node in found.nodes]
+    return dataclasses.replace(found, norm=copies[found.norm], nodes=nodes, residual=residual)
 
 
 @contextmanager
@@ -281,7 +283,7 @@ def _known_block(module: nn.Module) -> Fusion | None:
     stages = [None if m is None else table.module_stage(m) for m in modules]
     if any(s not in (stage, "identity") for (_, stage), s in zip(members, stages, strict=True)):
         return None
-    if table.REQUIRED not in stages:
+    if not table.is_worth_it(stage for stage in stages if stage is not None):
         return None
     steps = tuple(Step(stage, "module", name) for name, stage in members)
     source = "def forward(self, input):\n    return self._fastlayers_fusion.c0(input, self, None, {})\n".format(
