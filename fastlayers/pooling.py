@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 MOST_POSITIONS = 256
 
 _FUNCTIONS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_ALLOWED = "nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, a mapping of their keyword arguments, or None"
 #: Torch's layers, and how many spatial dimensions each has.
-MODULES: Mapping[type[nn.Module], int] = MappingProxyType({nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3})
-#: What a `Pool` is made of, in the order of torch's arguments.
+MODULES: dict[type[nn.Module], int] = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
+#: The arguments of torch's layers that are parameters of `Pool`.
 KEYWORDS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
 
@@ -55,6 +56,12 @@ class Pool:
         heights = ((1, self.kernel_size), (1, self.stride), (0, self.padding), (1, self.dilation))
         return [number for of_height, values in heights for number in ((of_height,) * missing + values)]
 
+    @staticmethod
+    def of_window(window: Sequence[int], ceil_mode: bool, dims: int) -> Pool:
+        """The pool of 1 or 2 dimensions that has this `window`."""
+        numbers = [tuple(window[i : i + 2][2 - dims :]) for i in range(0, 8, 2)]
+        return Pool(*numbers, ceil_mode=ceil_mode)
+
     def apply(self, input: Tensor) -> Tensor:
         """The pooled `input` (N, C, ...), by torch."""
         result: Tensor = _FUNCTIONS[self.dims](
@@ -74,6 +81,8 @@ class Pool:
 
 #: What a pool may be given as: `Pool`, torch's layer, or the keyword arguments of one.
 PoolLayer = Pool | nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d | Mapping[str, Any] | None
+#: One for all spatial dimensions, or one for each.
+Numbers = int | Sequence[int]
 
 
 def _short(values: tuple[int, ...]) -> int | tuple[int, ...]:
@@ -87,6 +96,32 @@ def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: in
     if ceil_mode and (count - 1) * stride >= size + padding:
         count -= 1
     return count
+
+
+def indices(pool: Pool, positions: Tensor, spatial: Sequence[int]) -> Tensor:
+    """Where in the input's (H, W) or (L,), row by row, the elements are that the fused operator took.
+
+    Args:
+        pool: of one or two dimensions.
+        positions: uint8, (N, C, ...) of the pooled sizes: in each window, which of its elements, counted row by row.
+        spatial: the sizes of the input.
+
+    Returns:
+        int64, of the shape of `positions`: what torch's max-pooling gives with ``return_indices=True``.
+    """
+    within, result = positions.to(torch.int64), torch.zeros((), dtype=torch.int64, device=positions.device)
+    parts = [within] if pool.dims == 1 else [within // pool.kernel_size[1], within % pool.kernel_size[1]]
+    for dim, part in enumerate(parts):
+        sizes = [1] * positions.dim()
+        sizes[dim + 2] = -1
+        starts = torch.arange(positions.shape[dim + 2], device=positions.device) * pool.stride[dim] - pool.padding[dim]
+        result = result * spatial[dim] + starts.view(sizes) + part * pool.dilation[dim]
+    return result
+
+
+def take(input: Tensor, indices: Tensor) -> Tensor:
+    """The elements of `input` (N, C, ...) at `indices`, as `indices` gives them."""
+    return input.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
 
 
 def resolve(pool: PoolLayer, dims: int, name: str = "pool") -> Pool | None:
@@ -105,6 +140,8 @@ def resolve(pool: PoolLayer, dims: int, name: str = "pool") -> Pool | None:
     """
     if pool is None:
         return None
+    if dims not in _FUNCTIONS:
+        raise ValueError(f"{name}: {pool} is for inputs with 1, 2 or 3 spatial dimensions, not {dims}")
     if isinstance(pool, Pool):
         resolved = pool
     elif isinstance(pool, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) and type(pool) in MODULES:
@@ -114,11 +151,29 @@ def resolve(pool: PoolLayer, dims: int, name: str = "pool") -> Pool | None:
     elif isinstance(pool, Mapping):
         resolved = _pool(dims, pool, name)
     else:
-        allowed = "nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, a mapping of their keyword arguments, or None"
-        raise TypeError(f"{name}: cannot fuse {pool!r}; allowed: {allowed}")
+        raise TypeError(f"{name}: cannot fuse {pool!r}; allowed: {_ALLOWED}")
     if resolved.dims != dims:
         raise ValueError(f"{name}: {resolved} is for {resolved.dims} spatial dimensions, not {dims}")
     return resolved
+
+
+def dims_of(pool: PoolLayer, name: str = "pool") -> int:
+    """How many spatial dimensions `pool` itself says it has.
+
+    Raises:
+        ValueError: it does not, being keyword arguments with one number for all of them.
+        TypeError: it is no pool.
+    """
+    if isinstance(pool, Pool):
+        return pool.dims
+    if isinstance(pool, Mapping):
+        size = pool.get("kernel_size")
+        if isinstance(size, Sequence) and len(size) in _FUNCTIONS:
+            return len(size)
+        raise ValueError(f"{name}: kernel_size should have one number per dimension, 1, 2 or 3, but is {size!r}")
+    if type(pool) not in MODULES:
+        raise TypeError(f"{name}: cannot fuse {pool!r}; allowed: {_ALLOWED}")
+    return MODULES[type(pool)]
 
 
 def _pool(dims: int, given: Mapping[str, Any], name: str) -> Pool:

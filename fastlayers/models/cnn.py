@@ -20,8 +20,9 @@ class CNN(ConvNet):
 
     `order` says what a block is made of, each letter at most once: C convolution (needed), B BatchNorm, R activation,
     D dropout, M max-pool. What is not in it is left out, and arguments for it mean nothing. With fastlayers, a B is one
-    layer with the R, D and M that follow it, in this order or with the M before the D or, if R nowhere falls, before the
-    R. Where D drops elements it is not in one layer with M. A convolution has a bias only where no B follows directly.
+    layer with the R, D and M that follow it, in this order or with the M before the D or, if R nowhere falls, before
+    the R. Where D drops elements it is not in one layer with M. A convolution has a bias only where no B follows
+    directly.
 
     Args:
         order: such as "CBRDM", "DCBRM", "CRDBM", or "CRDM" without BatchNorm.
