@@ -58,10 +58,11 @@ def _gradient_of_tile(
 
 
 @triton.jit
-def _store(
+def store(
     TO, value, outer, inner, block, stride_outer, stride_channel, valid,
     VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """Writes a tile in the dtype of `TO`, if that is there."""
     if TO is not None:
         at = offsets(outer, inner, block, stride_outer, stride_channel, VEC, ROWS, WIDE)
         tl.store(TO + at, value.to(TO.dtype.element_ty), mask=valid)
@@ -120,8 +121,8 @@ def gradient_sums(
             # What is not kept counts for nothing, even where a channel is poisoned.
             sum_gx += tl.where(kept, g * normalised, 0.0)
         dx = g * (weight * invstd)[None, :]
-        _store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
-        _store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
+        store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
+        store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
     if SUMS is not None:
         all_g = sum_over_tile(sum_g, ROWS).to(tl.float64)
         all_gx = sum_over_tile(sum_gx, ROWS).to(tl.float64)
@@ -149,12 +150,14 @@ def merge_sums(PARTIALS, SUMS, GRAD_WEIGHT, GRAD_BIAS, channels, parts, B0: tl.c
 
 
 @triton.jit
-def _mean(total, count, ACC: tl.constexpr):
+def mean_of(total, count, ACC: tl.constexpr):
+    """The mean of `count` values from their sum."""
     return (total / count.to(tl.float64)).to(ACC)
 
 
 @triton.jit
-def _input_gradient(g, normalised, mean_g, mean_gx, factor):
+def batch_gradient(g, normalised, mean_g, mean_gx, factor):
+    """The gradient of a batch's input: see above."""
     return (g - mean_g[None, :] - normalised * mean_gx[None, :]) * factor[None, :]
 
 
@@ -178,8 +181,8 @@ def input_gradient(
     weight = load_channels(WEIGHT, channel, channels, 1.0, ACC)
     bias = load_channels(BIAS, channel, channels, 0.0, ACC)
     if DX is not None:
-        mean_g = _mean(load_channels(SUMS, channel, channels, 0.0, tl.float64), count, ACC)
-        mean_gx = _mean(load_channels(SUMS + channels, channel, channels, 0.0, tl.float64), count, ACC)
+        mean_g = mean_of(load_channels(SUMS, channel, channels, 0.0, tl.float64), count, ACC)
+        mean_gx = mean_of(load_channels(SUMS + channels, channel, channels, 0.0, tl.float64), count, ACC)
     first, last = part_of(part, tiles_per_part, tiles)
     for step in range(last - first):
         tile = last - 1 - step
@@ -195,10 +198,10 @@ def input_gradient(
             outer, inner, tile, block, n_outer, channels, tiles_inner,
             KEEP, ACT, A, B, C, B0, B1, VEC, ROWS, WIDE, ACC,
         )  # fmt: skip
-        _store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
+        store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
         if DX is not None:
-            dx = _input_gradient(g, normalised, mean_g, mean_gx, weight * invstd)
-            _store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
+            dx = batch_gradient(g, normalised, mean_g, mean_gx, weight * invstd)
+            store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -238,8 +241,8 @@ def whole_backward(
         tl.store(GRAD_BIAS + channel, sum_g.to(GRAD_BIAS.dtype.element_ty), mask=there)
     if GRAD_WEIGHT is not None:
         tl.store(GRAD_WEIGHT + channel, sum_gx.to(GRAD_WEIGHT.dtype.element_ty), mask=there)
-    _store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
+    store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
     if DX is not None:
-        mean_g, mean_gx = _mean(sum_g, count, ACC), _mean(sum_gx, count, ACC)
-        dx = _input_gradient(g, normalised, mean_g, mean_gx, weight * invstd)
-        _store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
+        mean_g, mean_gx = mean_of(sum_g, count, ACC), mean_of(sum_gx, count, ACC)
+        dx = batch_gradient(g, normalised, mean_g, mean_gx, weight * invstd)
+        store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)

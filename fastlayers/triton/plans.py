@@ -11,7 +11,15 @@ from typing import NamedTuple
 
 import torch
 
-from fastlayers.triton.layouts import Layout, Strides, common_divisor, extent, layout_of, strides_in
+from fastlayers.triton.layouts import (
+    Layout,
+    Strides,
+    common_divisor,
+    dense_strides,
+    extent,
+    layout_of,
+    strides_in,
+)
 
 # Elements of a tile and channels side by side in rows, by bytes per element. Four warps hold a tile of a pass over
 # memory, each thread 16 elements: two or four loads of 16 bytes. Rows are taken 256 bytes wide: two cache lines.
@@ -25,6 +33,10 @@ WHOLE = {2: 8192, 4: 8192, 8: 2048}
 WHOLE_ROW_CHANNELS = {2: 32, 4: 16, 8: 8}
 
 ELEMENTS_PER_THREAD = {2: 16, 4: 16, 8: 4}
+
+# The same of pooled places, each of which has a window to go through and holds what was best in it.
+POOLED_TILE = {2: 1024, 4: 1024, 8: 512}
+POOLED_PER_THREAD = {2: 8, 4: 8, 8: 4}
 
 # Programs that a pass is to have at least, if there is work for them: some for each processor of a large GPU.
 PROGRAMS = 1024
@@ -63,17 +75,18 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _warps(elements: int, itemsize: int) -> int:
-    return min(max(elements // (32 * ELEMENTS_PER_THREAD[itemsize]), 1), 16)
+def _warps(elements: int, per_thread: int) -> int:
+    return min(max(elements // (32 * per_thread), 1), 16)
 
 
 def _blocks(layout: Layout, tile: tuple[int, int]) -> int:
     return _ceil(layout.channels, tile[1]) if layout.rows else layout.channels
 
 
-def grid_of_passes(layout: Layout, itemsize: int) -> Grid:
-    """For kernels that go through a tensor tile by tile."""
-    elements = TILE[itemsize]
+def grid_of_passes(layout: Layout, itemsize: int, pooled: bool = False) -> Grid:
+    """For kernels that go through a tensor tile by tile; `pooled`, by tiles of windows."""
+    elements = (POOLED_TILE if pooled else TILE)[itemsize]
+    per_thread = (POOLED_PER_THREAD if pooled else ELEMENTS_PER_THREAD)[itemsize]
     widest = ROW_CHANNELS[itemsize] if layout.rows else elements
     # Eight at least, for the bits of a byte.
     inner = min(max(_power_of_two(layout.n_inner), 8), widest)
@@ -84,7 +97,7 @@ def grid_of_passes(layout: Layout, itemsize: int) -> Grid:
     tiles_per_part = _ceil(tiles, min(tiles, _ceil(PROGRAMS, blocks)))
     return Grid(
         (outer, inner),
-        _warps(outer * inner, itemsize),
+        _warps(outer * inner, per_thread),
         blocks,
         _ceil(tiles, tiles_per_part),
         tiles_inner,
@@ -101,7 +114,8 @@ def grid_of_whole(layout: Layout, itemsize: int) -> Grid | None:
     outer = _power_of_two(layout.n_outer)
     if outer * inner > WHOLE[itemsize]:
         return None
-    return Grid((outer, inner), _warps(outer * inner, itemsize), _blocks(layout, (outer, inner)), 1, 1, 1, 1)
+    warps = _warps(outer * inner, ELEMENTS_PER_THREAD[itemsize])
+    return Grid((outer, inner), warps, _blocks(layout, (outer, inner)), 1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,23 @@ class Frame:
         if found is None:
             found = self._picked[names] = tuple(self.sizes[name] for name in names)
         return found
+
+
+@dataclass(frozen=True)
+class PoolFrame(Frame):
+    """A full-size frame with that of what it is pooled to.
+
+    Attributes:
+        pooled: the grid of the kernel that pools.
+        whole_pooled: the pooled tile of the kernel of which one program holds all of a channel, if there is one.
+        window: KH, KW, SH, SW, PH, PW, DH, DW.
+        edges: whether windows reach beyond the input.
+    """
+
+    pooled: Grid = field(kw_only=True)
+    whole_pooled: tuple[int, int] | None = field(kw_only=True)
+    window: tuple[int, ...] = field(kw_only=True)
+    edges: bool = field(kw_only=True)
 
 
 def frame_of(shape: Sequence[int], dtype: torch.dtype, rows: bool, tensors: dict[str, Sequence[int] | None]) -> Frame:
@@ -167,3 +198,66 @@ def frame_of(shape: Sequence[int], dtype: torch.dtype, rows: bool, tensors: dict
     constants = (unit, rows, wide, dtype == torch.float64)
     merge = Grid(MERGED, 4, _ceil(layout.channels, MERGED[1]), 1, 1, 1, 1)
     return Frame(layout, grid, whole and whole._replace(wide=wide), merge, sizes, constants)
+
+
+def pool_frame_of(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    rows: bool,
+    tensors: dict[str, Sequence[int] | None],
+    window: tuple[int, ...],
+    pooled_shape: Sequence[int],
+) -> PoolFrame:
+    """As `frame_of`, with dense pooled tensors of the same layout.
+
+    Args:
+        window: kernel, stride, padding and dilation, each of height and width.
+        pooled_shape: (N, C, L) or (N, C, H, W), as `shape`.
+    """
+    full = frame_of(shape, dtype, rows, tensors)
+    layout, itemsize = layout_of(pooled_shape, rows), dtype.itemsize
+    grid = grid_of_passes(layout, itemsize, pooled=True)._replace(wide=full.passes.wide)
+    strides = strides_in(layout, pooled_shape, dense_strides(pooled_shape, rows))
+    assert strides is not None
+    unit = full.constants[0] if rows else 1
+    (height, width), (pooled_height, pooled_width) = ((1, *sizes[2:])[-2:] for sizes in (shape, pooled_shape))
+    sizes = full.sizes | {
+        "height": height,
+        "width": width,
+        "pooled_height": pooled_height,
+        "pooled_width": pooled_width,
+        "pooled_spatial": layout.spatial,
+        "pooled_outer": layout.n_outer,
+        "pooled_inner": layout.n_inner // unit,
+        "pooled_tiles_inner": grid.tiles_inner,
+        "pooled_tiles": grid.tiles,
+        "pooled_tiles_per_part": grid.tiles_per_part,
+        "p_outer": strides.outer // unit,
+        "p_channel": strides.channel // unit,
+    }
+    per_axis = zip(
+        (height, width), (pooled_height, pooled_width), *(window[i : i + 2] for i in range(0, 8, 2)), strict=True
+    )
+    edges = any(
+        padding > 0 or (count - 1) * stride + (kernel - 1) * dilation >= size
+        for size, count, kernel, stride, padding, dilation in per_axis
+    )
+    return PoolFrame(
+        full.layout,
+        full.passes,
+        full.whole,
+        full.merge,
+        sizes,
+        full.constants,
+        pooled=grid,
+        whole_pooled=full.whole and _whole_pooled(layout, itemsize, full.whole),
+        window=window,
+        edges=edges,
+    )
+
+
+def _whole_pooled(layout: Layout, itemsize: int, whole: Grid) -> tuple[int, int]:
+    """The pooled tile of a program that holds whole channels: as many of these, and as much for each of its warps."""
+    elements = 32 * whole.warps * POOLED_PER_THREAD[itemsize]
+    inner = whole.tile[1] if layout.rows else min(max(_power_of_two(layout.n_inner), 8), elements)
+    return max(min(_power_of_two(layout.n_outer), elements // inner), 1), inner
