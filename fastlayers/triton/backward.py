@@ -58,11 +58,10 @@ def _gradient_of_tile(
 
 
 @triton.jit
-def store(
+def _store(
     TO, value, outer, inner, block, stride_outer, stride_channel, valid,
     VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile in the dtype of `TO`, if that is there."""
     if TO is not None:
         at = offsets(outer, inner, block, stride_outer, stride_channel, VEC, ROWS, WIDE)
         tl.store(TO + at, value.to(TO.dtype.element_ty), mask=valid)
@@ -121,8 +120,8 @@ def gradient_sums(
             # What is not kept counts for nothing, even where a channel is poisoned.
             sum_gx += tl.where(kept, g * normalised, 0.0)
         dx = g * (weight * invstd)[None, :]
-        store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
-        store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
+        _store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
+        _store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
     if SUMS is not None:
         all_g = sum_over_tile(sum_g, ROWS).to(tl.float64)
         all_gx = sum_over_tile(sum_gx, ROWS).to(tl.float64)
@@ -198,10 +197,10 @@ def input_gradient(
             outer, inner, tile, block, n_outer, channels, tiles_inner,
             KEEP, ACT, A, B, C, B0, B1, VEC, ROWS, WIDE, ACC,
         )  # fmt: skip
-        store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
+        _store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
         if DX is not None:
             dx = batch_gradient(g, normalised, mean_g, mean_gx, weight * invstd)
-            store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
+            _store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -241,8 +240,8 @@ def whole_backward(
         tl.store(GRAD_BIAS + channel, sum_g.to(GRAD_BIAS.dtype.element_ty), mask=there)
     if GRAD_WEIGHT is not None:
         tl.store(GRAD_WEIGHT + channel, sum_gx.to(GRAD_WEIGHT.dtype.element_ty), mask=there)
-    store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
+    _store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
     if DX is not None:
         mean_g, mean_gx = mean_of(sum_g, count, ACC), mean_of(sum_gx, count, ACC)
         dx = batch_gradient(g, normalised, mean_g, mean_gx, weight * invstd)
-        store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
+        _store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)

@@ -45,15 +45,12 @@ _MERGE_SUMS = ("channels", "parts")
 _INPUT_GRADIENT = (*_AXES, "count", *_TILES, "bytes_inner", *_G, *_X, *_R, *_Y)
 _WHOLE_BACKWARD = (*_AXES, "count", "bytes_inner", *_G, *_X, *_R, *_Y)
 _DROP = (*_AXES, *_TILES, *_X, *_Y)
+_PLANES = ("height", "width", "pooled_height", "pooled_width")
 _POOL = (
-    "pooled_outer", "pooled_inner", "channels", "pooled_spatial", *(f"pooled_{name}" for name in _TILES),
-    "height", "width", "pooled_width", *_X, *_P,
+    "pooled_outer", "pooled_inner", "channels", *(f"pooled_{name}" for name in _TILES), *_PLANES, *_X, *_P,
 )  # fmt: skip
-_WHOLE_POOL = (
-    "n_outer", "n_inner", "channels", "count", "pooled_outer", "pooled_inner", "pooled_spatial",
-    "height", "width", "pooled_width", *_X, *_P,
-)  # fmt: skip
-_POOL_GRADIENT = (*_AXES, "count", *_TILES, "width", "pooled_height", "pooled_width", *_X, *_Y, *_P)
+_WHOLE_POOL = ("n_outer", "n_inner", "channels", "count", "pooled_outer", "pooled_inner", *_PLANES, *_X, *_P)
+_POOL_GRADIENT = ("n_outer", "n_inner", "channels", "count", *_TILES, *_PLANES, *_X, *_Y, *_P)
 
 
 class _Plan(NamedTuple):
@@ -593,20 +590,21 @@ class _PoolForward(NamedTuple):
 
 
 def _pool(frame: PoolFrame, tensors: _PoolForward, call: _Call, training: bool, monotone: bool) -> None:
+    full, windows = frame.full, frame.windows
     constants = (*call.constants, monotone, *frame.window, frame.edges)
-    if training and frame.whole is not None and frame.whole_pooled is not None:
+    if training and full.whole is not None and frame.whole_windows is not None:
         launch(
-            pooling.whole_pool, frame.whole, tensors, (call.eps, call.momentum, call.drop_scale),
-            frame.pick(_WHOLE_POOL),
-            (*_updating(tensors.batches, call), *constants, *frame.whole_pooled, *frame.whole.tile, *frame.constants),
+            pooling.whole_pool, full.whole, tensors, (call.eps, call.momentum, call.drop_scale),
+            windows.pick(_WHOLE_POOL),
+            (*_updating(tensors.batches, call), *constants, *frame.whole_windows, *full.whole.tile, *full.constants),
         )  # fmt: skip
         return
     if training:
-        _batch_statistics(frame, tensors.x, tensors[7:], call)
+        _batch_statistics(full, tensors.x, tensors[7:], call)
         tensors = tensors._replace(running_mean=None, running_var=None)
     launch(
-        pooling.pool, frame.pooled, tensors[:11], (call.eps, call.drop_scale),
-        frame.pick(_POOL), (*constants, *frame.pooled.tile, *frame.constants),
+        pooling.pool, windows.passes, tensors[:11], (call.eps, call.drop_scale), windows.pick(_POOL),
+        (*constants, *windows.passes.tile, *windows.constants),
     )  # fmt: skip
 
 
@@ -660,14 +658,15 @@ def batch_norm_act_pool_bwd(
         if taken is not None:
             x = plan.source(input) if training else None
             target = input.new_empty_strided(input.shape, plan.dense) if plan.irregular else grad_input
+            elements = plan.frame.elements
             launch(
-                pooling.pool_gradient, plan.frame.passes,
+                pooling.pool_gradient, elements.passes,
                 (
-                    taken, _in_strides(positions, plan.strides), x, tensors.mask, tensors.weight, mean, invstd,
+                    taken, _in_strides(positions, plan.strides), x, tensors.weight, mean, invstd,
                     sums if training else None, target,
                 ),
-                (), plan.frame.pick(_POOL_GRADIENT),
-                (call.keep, *plan.frame.window, *plan.frame.passes.tile, *plan.frame.constants),
+                (), elements.pick(_POOL_GRADIENT),
+                (*plan.frame.window, *elements.passes.tile, *elements.constants),
             )  # fmt: skip
             if target is not grad_input:
                 grad_input.copy_(target)

@@ -6,7 +6,7 @@ Plans depend on shapes, strides and dtypes only, and are kept: a second call fin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -34,9 +34,11 @@ WHOLE_ROW_CHANNELS = {2: 32, 4: 16, 8: 8}
 
 ELEMENTS_PER_THREAD = {2: 16, 4: 16, 8: 4}
 
-# The same of pooled places, each of which has a window to go through and holds what was best in it.
-POOLED_TILE = {2: 1024, 4: 1024, 8: 512}
-POOLED_PER_THREAD = {2: 8, 4: 8, 8: 4}
+# Windows, or elements and the windows that have them, in a tile and per thread, by bytes per element: each holds more
+# than an element of other passes. In planes a tile has up to so many columns.
+WINDOWS = {2: 1024, 4: 1024, 8: 512}
+WINDOWS_PER_THREAD = {2: 8, 4: 8, 8: 4}
+MOST_COLUMNS = 128
 
 # Programs that a pass is to have at least, if there is work for them: some for each processor of a large GPU.
 PROGRAMS = 1024
@@ -83,13 +85,26 @@ def _blocks(layout: Layout, tile: tuple[int, int]) -> int:
     return _ceil(layout.channels, tile[1]) if layout.rows else layout.channels
 
 
-def grid_of_passes(layout: Layout, itemsize: int, pooled: bool = False) -> Grid:
-    """For kernels that go through a tensor tile by tile; `pooled`, by tiles of windows."""
-    elements = (POOLED_TILE if pooled else TILE)[itemsize]
-    per_thread = (POOLED_PER_THREAD if pooled else ELEMENTS_PER_THREAD)[itemsize]
+def grid_of_passes(layout: Layout, itemsize: int) -> Grid:
+    """For kernels that go through a tensor tile by tile."""
+    elements = TILE[itemsize]
     widest = ROW_CHANNELS[itemsize] if layout.rows else elements
     # Eight at least, for the bits of a byte.
     inner = min(max(_power_of_two(layout.n_inner), 8), widest)
+    return _grid(layout, inner, elements, ELEMENTS_PER_THREAD[itemsize])
+
+
+def grid_of_windows(layout: Layout, itemsize: int) -> Grid:
+    """For kernels that go through windows, or through elements and the windows that have them, by rows of planes."""
+    elements = WINDOWS[itemsize]
+    if layout.rows:
+        inner = min(_power_of_two(layout.n_inner), ROW_CHANNELS[itemsize])
+    else:
+        inner = _columns(layout.n_inner, min(elements, MOST_COLUMNS))
+    return _grid(layout, inner, elements, WINDOWS_PER_THREAD[itemsize])
+
+
+def _grid(layout: Layout, inner: int, elements: int, per_thread: int) -> Grid:
     outer = min(_power_of_two(layout.n_outer), elements // inner)
     blocks = _blocks(layout, (outer, inner))
     tiles_inner = 1 if layout.rows else _ceil(layout.n_inner, inner)
@@ -137,6 +152,12 @@ class Frame:
     constants: tuple[object, ...]
     _picked: dict[tuple[str, ...], tuple[int, ...]] = field(default_factory=dict)
 
+    @property
+    def unit(self) -> int:
+        """The divisor in whose multiples strides come."""
+        unit: int = self.constants[0]  # type: ignore[assignment]
+        return unit
+
     def pick(self, names: tuple[str, ...]) -> tuple[int, ...]:
         """The sizes of these names."""
         found = self._picked.get(names)
@@ -145,21 +166,24 @@ class Frame:
         return found
 
 
-@dataclass(frozen=True)
-class PoolFrame(Frame):
-    """A full-size frame with that of what it is pooled to.
+class PoolFrame(NamedTuple):
+    """Frames of the kernels of a pool, all of the same layout: see pooling.py.
 
     Attributes:
-        pooled: the grid of the kernel that pools.
-        whole_pooled: the pooled tile of the kernel of which one program holds all of a channel, if there is one.
+        full: of the input, for its statistics.
+        windows: its passes go over the windows.
+        elements: its passes go over the elements of the input, row by row of its planes.
+        whole_windows: the tile of windows of a program that holds all of a channel, if one can.
         window: KH, KW, SH, SW, PH, PW, DH, DW.
         edges: whether windows reach beyond the input.
     """
 
-    pooled: Grid = field(kw_only=True)
-    whole_pooled: tuple[int, int] | None = field(kw_only=True)
-    window: tuple[int, ...] = field(kw_only=True)
-    edges: bool = field(kw_only=True)
+    full: Frame
+    windows: Frame
+    elements: Frame
+    whole_windows: tuple[int, int] | None
+    window: tuple[int, ...]
+    edges: bool
 
 
 def frame_of(shape: Sequence[int], dtype: torch.dtype, rows: bool, tensors: dict[str, Sequence[int] | None]) -> Frame:
@@ -215,18 +239,27 @@ def pool_frame_of(
         pooled_shape: (N, C, L) or (N, C, H, W), as `shape`.
     """
     full = frame_of(shape, dtype, rows, tensors)
-    layout, itemsize = layout_of(pooled_shape, rows), dtype.itemsize
-    grid = grid_of_passes(layout, itemsize, pooled=True)._replace(wide=full.passes.wide)
-    strides = strides_in(layout, pooled_shape, dense_strides(pooled_shape, rows))
+    windows = _frame_of_windows(full, shape, pooled_shape, dtype.itemsize)
+    per_axis = zip(_plane(shape), _plane(pooled_shape), *(window[i : i + 2] for i in range(0, 8, 2)), strict=True)
+    edges = any(
+        padding > 0 or (count - 1) * stride + (kernel - 1) * dilation >= size
+        for size, count, kernel, stride, padding, dilation in per_axis
+    )
+    whole = full.whole and _whole_windows(_by_rows(pooled_shape, rows), dtype.itemsize, full.whole)
+    return PoolFrame(full, windows, _frame_of_elements(windows, shape, dtype.itemsize), whole, window, edges)
+
+
+def _frame_of_windows(full: Frame, shape: Sequence[int], pooled_shape: Sequence[int], itemsize: int) -> Frame:
+    layout, unit = _by_rows(pooled_shape, full.layout.rows), full.unit if full.layout.rows else 1
+    (height, width), (pooled_height, pooled_width) = _plane(shape), _plane(pooled_shape)
+    grid = grid_of_windows(layout, itemsize)._replace(wide=full.passes.wide)
+    strides = strides_in(full.layout, pooled_shape, dense_strides(pooled_shape, full.layout.rows))
     assert strides is not None
-    unit = full.constants[0] if rows else 1
-    (height, width), (pooled_height, pooled_width) = ((1, *sizes[2:])[-2:] for sizes in (shape, pooled_shape))
     sizes = full.sizes | {
         "height": height,
         "width": width,
         "pooled_height": pooled_height,
         "pooled_width": pooled_width,
-        "pooled_spatial": layout.spatial,
         "pooled_outer": layout.n_outer,
         "pooled_inner": layout.n_inner // unit,
         "pooled_tiles_inner": grid.tiles_inner,
@@ -235,29 +268,51 @@ def pool_frame_of(
         "p_outer": strides.outer // unit,
         "p_channel": strides.channel // unit,
     }
-    per_axis = zip(
-        (height, width), (pooled_height, pooled_width), *(window[i : i + 2] for i in range(0, 8, 2)), strict=True
-    )
-    edges = any(
-        padding > 0 or (count - 1) * stride + (kernel - 1) * dilation >= size
-        for size, count, kernel, stride, padding, dilation in per_axis
-    )
-    return PoolFrame(
-        full.layout,
-        full.passes,
-        full.whole,
-        full.merge,
-        sizes,
-        full.constants,
-        pooled=grid,
-        whole_pooled=full.whole and _whole_pooled(layout, itemsize, full.whole),
-        window=window,
-        edges=edges,
-    )
+    return replace(full, passes=grid, sizes=sizes, _picked={})
 
 
-def _whole_pooled(layout: Layout, itemsize: int, whole: Grid) -> tuple[int, int]:
-    """The pooled tile of a program that holds whole channels: as many of these, and as much for each of its warps."""
-    elements = 32 * whole.warps * POOLED_PER_THREAD[itemsize]
-    inner = whole.tile[1] if layout.rows else min(max(_power_of_two(layout.n_inner), 8), elements)
+def _frame_of_elements(windows: Frame, shape: Sequence[int], itemsize: int) -> Frame:
+    layout, unit = _by_rows(shape, windows.layout.rows), windows.unit
+    grid = grid_of_windows(layout, itemsize)._replace(wide=windows.passes.wide)
+    # In planes a row of each begins where 16 bytes do only if rows are whole multiples of that.
+    new_unit = common_divisor([layout.n_inner], unit)
+    strides = {
+        name: windows.sizes[name] * unit // new_unit for name in ("x_outer", "x_channel", "y_outer", "y_channel")
+    }
+    sizes = (
+        windows.sizes
+        | strides
+        | {
+            "n_outer": layout.n_outer,
+            "n_inner": layout.n_inner // new_unit,
+            "tiles_inner": grid.tiles_inner,
+            "tiles": grid.tiles,
+            "tiles_per_part": grid.tiles_per_part,
+        }
+    )
+    return replace(windows, passes=grid, sizes=sizes, constants=(new_unit, *windows.constants[1:]), _picked={})
+
+
+def _plane(shape: Sequence[int]) -> tuple[int, int]:
+    """Height and width; a sequence is a plane of height 1."""
+    height, width = (1, *shape[2:])[-2:]
+    return height, width
+
+
+def _by_rows(shape: Sequence[int], rows: bool) -> Layout:
+    """A layout in which axis 1 of a tile in planes has a plane's columns, and axis 0 the samples' rows."""
+    layout, (height, width) = layout_of(shape, rows), _plane(shape)
+    return layout if rows else layout._replace(n_outer=layout.n_outer * height, n_inner=width, spatial=height)
+
+
+def _whole_windows(layout: Layout, itemsize: int, whole: Grid) -> tuple[int, int]:
+    """The tile of windows of a program that holds whole channels: of as many channels, and of as many warps."""
+    elements = 32 * whole.warps * WINDOWS_PER_THREAD[itemsize]
+    inner = whole.tile[1] if layout.rows else _columns(layout.n_inner, elements)
     return max(min(_power_of_two(layout.n_outer), elements // inner), 1), inner
+
+
+def _columns(width: int, most: int) -> int:
+    """The power of two of which tiles cover a width with the fewest lanes beyond it; the largest such."""
+    candidates = [2**k for k in range(3, most.bit_length()) if 2**k < 2 * max(width, 8)]
+    return min(reversed(candidates), key=lambda columns: _ceil(width, columns) * columns)
