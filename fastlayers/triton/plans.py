@@ -35,10 +35,11 @@ WHOLE_ROW_CHANNELS = {2: 32, 4: 16, 8: 8}
 ELEMENTS_PER_THREAD = {2: 16, 4: 16, 8: 4}
 
 # Windows, or elements and the windows that have them, in a tile and per thread, by bytes per element: each holds more
-# than an element of other passes. In planes a tile has up to so many columns.
+# than an element of other passes. And the columns of such tiles in planes: elements are written 64 bytes at least.
 WINDOWS = {2: 1024, 4: 1024, 8: 512}
 WINDOWS_PER_THREAD = {2: 8, 4: 8, 8: 4}
-MOST_COLUMNS = 128
+COLUMNS_OF_WINDOWS = (4, 128)
+COLUMNS_OF_ELEMENTS = (16, 128)
 
 # Programs that a pass is to have at least, if there is work for them: some for each processor of a large GPU.
 PROGRAMS = 1024
@@ -94,13 +95,17 @@ def grid_of_passes(layout: Layout, itemsize: int) -> Grid:
     return _grid(layout, inner, elements, ELEMENTS_PER_THREAD[itemsize])
 
 
-def grid_of_windows(layout: Layout, itemsize: int) -> Grid:
-    """For kernels that go through windows, or through elements and the windows that have them, by rows of planes."""
+def grid_of_windows(layout: Layout, itemsize: int, columns: tuple[int, int]) -> Grid:
+    """For kernels that go through windows, or through elements and the windows that have them, by rows of planes.
+
+    Args:
+        columns: the fewest and the most of a tile in planes.
+    """
     elements = WINDOWS[itemsize]
     if layout.rows:
         inner = min(_power_of_two(layout.n_inner), ROW_CHANNELS[itemsize])
     else:
-        inner = _columns(layout.n_inner, min(elements, MOST_COLUMNS))
+        inner = _columns(layout.n_inner, *columns)
     return _grid(layout, inner, elements, WINDOWS_PER_THREAD[itemsize])
 
 
@@ -252,7 +257,7 @@ def pool_frame_of(
 def _frame_of_windows(full: Frame, shape: Sequence[int], pooled_shape: Sequence[int], itemsize: int) -> Frame:
     layout, unit = _by_rows(pooled_shape, full.layout.rows), full.unit if full.layout.rows else 1
     (height, width), (pooled_height, pooled_width) = _plane(shape), _plane(pooled_shape)
-    grid = grid_of_windows(layout, itemsize)._replace(wide=full.passes.wide)
+    grid = grid_of_windows(layout, itemsize, COLUMNS_OF_WINDOWS)._replace(wide=full.passes.wide)
     strides = strides_in(full.layout, pooled_shape, dense_strides(pooled_shape, full.layout.rows))
     assert strides is not None
     sizes = full.sizes | {
@@ -273,7 +278,7 @@ def _frame_of_windows(full: Frame, shape: Sequence[int], pooled_shape: Sequence[
 
 def _frame_of_elements(windows: Frame, shape: Sequence[int], itemsize: int) -> Frame:
     layout, unit = _by_rows(shape, windows.layout.rows), windows.unit
-    grid = grid_of_windows(layout, itemsize)._replace(wide=windows.passes.wide)
+    grid = grid_of_windows(layout, itemsize, COLUMNS_OF_ELEMENTS)._replace(wide=windows.passes.wide)
     # In planes a row of each begins where 16 bytes do only if rows are whole multiples of that.
     new_unit = common_divisor([layout.n_inner], unit)
     strides = {
@@ -308,11 +313,11 @@ def _by_rows(shape: Sequence[int], rows: bool) -> Layout:
 def _whole_windows(layout: Layout, itemsize: int, whole: Grid) -> tuple[int, int]:
     """The tile of windows of a program that holds whole channels: of as many channels, and of as many warps."""
     elements = 32 * whole.warps * WINDOWS_PER_THREAD[itemsize]
-    inner = whole.tile[1] if layout.rows else _columns(layout.n_inner, elements)
+    inner = whole.tile[1] if layout.rows else _columns(layout.n_inner, *COLUMNS_OF_WINDOWS)
     return max(min(_power_of_two(layout.n_outer), elements // inner), 1), inner
 
 
-def _columns(width: int, most: int) -> int:
+def _columns(width: int, least: int, most: int) -> int:
     """The power of two of which tiles cover a width with the fewest lanes beyond it; the largest such."""
-    candidates = [2**k for k in range(3, most.bit_length()) if 2**k < 2 * max(width, 8)]
-    return min(reversed(candidates), key=lambda columns: _ceil(width, columns) * columns)
+    candidates = [most >> k for k in range((most // least).bit_length())]
+    return min(candidates, key=lambda columns: _ceil(width, columns) * columns)

@@ -331,7 +331,7 @@ def _window(
 
 @triton.jit
 def _add(
-    total, G, POSITIONS, this, sample, row, column, inner, block, valid,
+    total, G, POSITIONS, this, sample, row, column, inner, block, there,
     pooled_height, pooled_width, p_outer, p_channel,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
@@ -346,13 +346,13 @@ def _add(
         sample, row, column, inner, block, pooled_height, pooled_width, p_outer, p_channel, UNIT, ROWS, WIDE
     )
     number = (down * KW)[:, None] + _along_columns(right, ROWS)
-    taken = valid & (tl.load(POSITIONS + at, mask=valid, other=0).to(tl.int32) == number)
     if ROWS:
-        # Channels come 16 bytes at a time.
-        g = tl.load(G + at, mask=valid, other=0)
+        # Channels come 16 bytes at a time, whether or not they were taken.
+        taken = tl.load(POSITIONS + at, mask=there, other=0).to(tl.int32) == number
+        return total + tl.where(taken, tl.load(G + at, mask=there, other=0), 0.0)
     else:
-        g = tl.load(G + at, mask=taken, other=0)
-    return total + tl.where(taken, g, 0.0)
+        taken = tl.load(POSITIONS + at).to(tl.int32) == number
+        return total + tl.load(G + at, mask=taken, other=0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -387,18 +387,22 @@ def pool_gradient(
         outer, inner = places(first + step, block, tiles_inner, B0, B1, ROWS, WIDE)
         valid = exists(outer, inner, n_outer, n_inner, VEC, WIDE)
         sample, row, column = _coordinates(outer, inner, height, width, ROWS)
+        # Beyond the last of these, its windows: their loads then need no mask but that of channels.
+        at_most = tl.minimum(outer, n_outer - 1)
+        in_sample, in_row, in_column = _coordinates(at_most, inner, height, width, ROWS)
+        there = exists(at_most, inner, n_outer, n_inner, VEC, WIDE)
         dx = tl.zeros((B0, B1), ACC)
         if WINDOWS <= UNROLLED:
             for this in tl.static_range(WINDOWS):
                 dx = _add(
-                    dx, G, POSITIONS, this, sample, row, column, inner, block, valid, pooled_height, pooled_width,
-                    p_outer, p_channel, KH, KW, SH, SW, PH, PW, DH, DW, UNIT, ROWS, WIDE,
+                    dx, G, POSITIONS, this, in_sample, in_row, in_column, inner, block, there, pooled_height,
+                    pooled_width, p_outer, p_channel, KH, KW, SH, SW, PH, PW, DH, DW, UNIT, ROWS, WIDE,
                 )  # fmt: skip
         else:
             for this in range(WINDOWS):
                 dx = _add(
-                    dx, G, POSITIONS, this, sample, row, column, inner, block, valid, pooled_height, pooled_width,
-                    p_outer, p_channel, KH, KW, SH, SW, PH, PW, DH, DW, UNIT, ROWS, WIDE,
+                    dx, G, POSITIONS, this, in_sample, in_row, in_column, inner, block, there, pooled_height,
+                    pooled_width, p_outer, p_channel, KH, KW, SH, SW, PH, PW, DH, DW, UNIT, ROWS, WIDE,
                 )  # fmt: skip
         if X is not None:
             at = _offsets_at(sample, row, column, inner, block, height, width, x_outer, x_channel, VEC, ROWS, WIDE)
