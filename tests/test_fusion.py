@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastlayers as fl
@@ -795,6 +796,31 @@ def test_changes_of_pooled_chains_are_honoured(
     fallbacks = [text for chain in fl.fusion_report(fused).fell_back for text in chain.fallbacks]
     assert len(fallbacks) == (reason != ""), fallbacks
     assert all(reason in text for text in fallbacks)
+
+
+class _Operators(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__.partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("order", ["RDM", "RMD", "MRD", "M"])
+def test_a_pooled_chain_is_one_operator_each_way(order: str) -> None:
+    fused, _ = _twins(lambda: _pooled_net(order))
+    x = _image().requires_grad_()
+    with _Operators() as operators:
+        fused(x).sum().backward()
+    assert [name for name in operators.names if "batch_norm" in name] == [
+        "batch_norm_act_pool_fwd",
+        "batch_norm_act_pool_bwd",
+    ]
+    assert not [name for name in operators.names if "max_pool" in name or "relu" in name or "dropout" in name]
 
 
 @pytest.mark.parametrize(
