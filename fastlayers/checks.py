@@ -192,20 +192,21 @@ def pool(pool: Pool, input: Tensor) -> None:
     Of such a window, which only a dilation beyond the input makes, torch returns what memory happens to hold.
     """
     channels, *spatial = input.shape[1:]
+    sizes = pool.output_size(spatial)
+    if channels and min(sizes) >= 1 and min(spatial) >= pool.most_dilation:
+        return
     if channels == 0 or 0 in spatial:
         raise RuntimeError(
             f"Expected {pool.dims + 1}D or {pool.dims + 2}D (batch mode) tensor with optional 0 dim batch size for "
             f"input, but got: {list(input.shape)} (pool: {pool}; allowed: sizes of at least 1 except the first)"
         )
-    sizes = pool.output_size(spatial)
     if min(sizes) < 1:
         given, calculated = ("x".join(map(str, (channels, *s))) for s in (spatial, sizes))
         raise RuntimeError(
             f"Given input size: ({given}). Calculated output size: ({calculated}). Output size is too small "
             f"(pool: {pool}; allowed: windows of which at least one fits into the padded input)"
         )
-    if any(dilation > size for size, dilation in zip(spatial, pool.dilation, strict=True)):
-        _no_empty_window(pool, spatial, sizes)
+    _no_empty_window(pool, spatial, sizes)
 
 
 def _no_empty_window(pool: Pool, spatial: Sequence[int], sizes: Sequence[int]) -> None:

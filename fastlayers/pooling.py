@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,13 +23,29 @@ KEYWORDS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
 @dataclass(frozen=True)
 class Pool:
-    """`torch.nn.functional.max_pool1d`, 2d or 3d with these parameters, one number for each spatial dimension."""
+    """`torch.nn.functional.max_pool1d`, 2d or 3d with these parameters, one number for each spatial dimension.
+
+    Attributes:
+        is_fusible: whether the operators take it: one or two dimensions, and positions that fit in a byte.
+        most_dilation: the largest; inputs of that size have an element in every window.
+        window: what they take: kernel, stride, padding, dilation, each of height and width (height 1 in 1d); of three
+            dimensions nothing.
+    """
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     ceil_mode: bool = False
+    # Found once: layers need them at each call.
+    is_fusible: bool = field(init=False, repr=False, compare=False)
+    most_dilation: int = field(init=False, repr=False, compare=False)
+    window: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_fusible", self.dims <= 2 and self.positions <= MOST_POSITIONS)
+        object.__setattr__(self, "most_dilation", max(self.dilation))
+        object.__setattr__(self, "window", self._window() if self.dims <= 2 else ())
 
     @property
     def dims(self) -> int:
@@ -44,17 +60,10 @@ class Pool:
             count *= size
         return count
 
-    @property
-    def is_fusible(self) -> bool:
-        """Whether the kernels take it: one or two dimensions, and positions that fit in a byte."""
-        return self.dims <= 2 and self.positions <= MOST_POSITIONS
-
-    @property
-    def window(self) -> list[int]:
-        """What the operators take: kernel, stride, padding, dilation, each of height and width (height 1 in 1d)."""
+    def _window(self) -> tuple[int, ...]:
         missing = 2 - self.dims
         heights = ((1, self.kernel_size), (1, self.stride), (0, self.padding), (1, self.dilation))
-        return [number for of_height, values in heights for number in ((of_height,) * missing + values)]
+        return tuple(number for of_height, values in heights for number in ((of_height,) * missing + values))
 
     @staticmethod
     def of_window(window: Sequence[int], ceil_mode: bool, dims: int) -> Pool:

@@ -217,9 +217,10 @@ def _function_step(user: fx.Node, stage: str) -> Step | str:
         if stage == "act":
             act = _activation(function, given)
         elif stage == "pool":
-            pool = _pool(function, given)
-            if isinstance(pool, str):
-                return _StaysBehind(f"{_name(user)}: {pool}")
+            found = _pool(function, given)
+            if isinstance(found, str):
+                return _StaysBehind(f"{_name(user)}: {found}")
+            pool = found
         else:
             # fx types arguments as anything; what is no number raises, and is reported.
             p = float(given.get("p", 0.5)) if given.get("training", True) else 0.0  # type: ignore[arg-type]
