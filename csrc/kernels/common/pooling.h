@@ -6,7 +6,9 @@
 #include "macros.h"
 
 namespace fastlayers {
-inline namespace FASTLAYERS_ISA {
+
+// In no namespace of an instruction set: the CPU kernels take these from code that was compiled for none, and functions
+// that are inlined everywhere leave the linker nothing to mix up.
 
 // One dimension of a pool: window o has the elements start(o) + k * dilation, 0 <= k < kernel, that exist.
 struct PoolAxis {
@@ -53,5 +55,4 @@ struct Pool {
   FL_INLINE std::int64_t outputs() const { return height.output * width.output; }
 };
 
-}  // namespace FASTLAYERS_ISA
 }  // namespace fastlayers
