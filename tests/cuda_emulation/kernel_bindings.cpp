@@ -26,8 +26,8 @@ T* as_pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-template <class Owner, class T>
-void def_address(py::class_<Owner>& c, const char* name, T* Owner::* member) {
+template <class Owner, class... Bases, class T>
+void def_address(py::class_<Owner, Bases...>& c, const char* name, T* Owner::* member) {
   c.def_property(
       name, [member](const Owner& owner) { return reinterpret_cast<Address>(owner.*member); },
       [member](Owner& owner, Address address) { owner.*member = as_pointer<T>(address); });
