@@ -50,6 +50,8 @@ class OpSet(Protocol):
 
     batch_norm_act_fwd: Any
     batch_norm_act_bwd: Any
+    batch_norm_act_pool_fwd: Any
+    batch_norm_act_pool_bwd: Any
     dropout: Any
     unpack_mask: Any
     element_mask: Any

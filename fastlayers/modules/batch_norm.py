@@ -9,6 +9,7 @@ from fastlayers import backends, functional, unfused
 from fastlayers.activations import IDENTITY, Activation
 from fastlayers.modules import guards
 from fastlayers.modules.script import NotScriptable
+from fastlayers.pooling import Pool
 
 
 class _FusedBatchNorm(NotScriptable, nn.modules.batchnorm._BatchNorm):
@@ -82,8 +83,9 @@ class _FusedBatchNorm(NotScriptable, nn.modules.batchnorm._BatchNorm):
         drop_p: float = 0.0,
         drop_mode: str = "channel",
         drops: bool | None = None,
+        pool: Pool | None = None,
     ) -> Tensor:
-        return batch_norm_of(self, input, residual, act, drop_p, drop_mode, drops)
+        return batch_norm_of(self, input, residual, act, drop_p, drop_mode, drops, pool)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises `input`; updates the running statistics in training."""
@@ -98,8 +100,9 @@ def fused_batch_norm(
     drop_p: float = 0.0,
     drop_mode: str = "channel",
     drops: bool | None = None,
+    pool: Pool | None = None,
 ) -> Tensor:
-    """``dropout(act(layer(input) + residual))`` with the state and the mode of `layer`, torch's or ours, in one pass.
+    """``pool(dropout(act(layer(input) + residual)))`` with the state and mode of `layer`, torch's or ours, in one pass.
 
     Args:
         layer: read at the call: parameters, statistics, `momentum`, `eps`, `training`.
@@ -107,10 +110,11 @@ def fused_batch_norm(
         act: the activation.
         drop_p, drop_mode: as in `functional.batch_norm_act`.
         drops: whether to drop, and to draw random slopes; None is as `layer` trains.
+        pool: max-pooling of the result, for as many dimensions as `input` has; or None.
     """
     if isinstance(layer, _FusedBatchNorm):
-        return layer._fused(input, residual, act, drop_p, drop_mode, drops)
-    return batch_norm_of(layer, input, residual, act, drop_p, drop_mode, drops)
+        return layer._fused(input, residual, act, drop_p, drop_mode, drops, pool)
+    return batch_norm_of(layer, input, residual, act, drop_p, drop_mode, drops, pool)
 
 
 def batch_norm_of(
@@ -121,6 +125,7 @@ def batch_norm_of(
     drop_p: float,
     drop_mode: str,
     drops: bool | None,
+    pool: Pool | None = None,
 ) -> Tensor:
     """`fused_batch_norm` with the statistics of this process, for any layer."""
     layer._check_input_dim(input)
@@ -140,7 +145,7 @@ def batch_norm_of(
     if momentum is not None and act.random is None and backends.prefers_torch(input, dropping):
         output = unfused.tiny_batch_norm_act(
             input, running_mean, running_var, weight, bias, residual, num_batches_tracked,
-            batch_statistics, momentum, eps, act, dropping, drop_mode,
+            batch_statistics, momentum, eps, act, dropping, drop_mode, pool,
         )  # fmt: skip
         if output is not None:
             return output
@@ -159,6 +164,7 @@ def batch_norm_of(
         drop_mode=drop_mode,
         num_batches_tracked=num_batches_tracked,
         stochastic=stochastic,
+        pool=pool,
     )
 
 
