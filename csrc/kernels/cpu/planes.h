@@ -250,6 +250,27 @@ Moments plane_moments(const Source& x, std::int64_t channel, Span span, std::int
   return std::isfinite(m.squares) ? m : plane_moments_of_non_finite<T>(x, channel, span, spatial);
 }
 
+// All of a channel's statistics, from its only span.
+template <class T>
+void statistics_of_channel(const ForwardArgs& args, std::int64_t c, Span whole) {
+  finish_statistics(args, c, c + 1,
+                    [&](std::int64_t) { return plane_moments<T>(args.input, c, whole, args.geometry.spatial); });
+}
+
+template <class T>
+void statistics_of_spans(const ForwardArgs& args, const PlaneSplit& split) {
+  const std::int64_t channels = args.geometry.channels;
+  Scratch<Moments> parts(channels * split.spans);
+  split.each_span(args.parallel_for, [&](std::int64_t i, std::int64_t c, Span s) {
+    parts[i] = plane_moments<T>(args.input, c, s, args.geometry.spatial);
+  });
+  finish_statistics(args, 0, channels, [&](std::int64_t c) {
+    Moments total;
+    for (std::int64_t s = 0; s < split.spans; ++s) total.merge(parts[c * split.spans + s]);
+    return total;
+  });
+}
+
 // Where a piece's masks are, and what dropout does with it.
 struct PieceMasks {
   std::int64_t bits;
@@ -296,30 +317,16 @@ class PlanesForward {
       write_in_order();
     } else if (split_.spans == 1) {
       split_.each_span(args_.parallel_for, [&](std::int64_t, std::int64_t c, Span whole) {
-        finish_statistics(args_, c, c + 1,
-                          [&](std::int64_t) { return plane_moments<T>(args_.input, c, whole, spatial()); });
+        statistics_of_channel<T>(args_, c, whole);
         write(c, whole);
       });
     } else {
-      statistics_of_spans();
+      statistics_of_spans<T>(args_, split_);
       split_.each_span(args_.parallel_for, [&](std::int64_t, std::int64_t c, Span s) { write(c, s); });
     }
   }
 
  private:
-  void statistics_of_spans() const {
-    const std::int64_t channels = args_.geometry.channels;
-    Scratch<Moments> parts(channels * split_.spans);
-    split_.each_span(args_.parallel_for, [&](std::int64_t i, std::int64_t c, Span s) {
-      parts[i] = plane_moments<T>(args_.input, c, s, spatial());
-    });
-    finish_statistics(args_, 0, channels, [&](std::int64_t c) {
-      Moments total;
-      for (std::int64_t s = 0; s < split_.spans; ++s) total.merge(parts[c * split_.spans + s]);
-      return total;
-    });
-  }
-
   std::int64_t spatial() const { return args_.geometry.spatial; }
 
   // With the statistics known, nothing keeps a channel's planes together.
