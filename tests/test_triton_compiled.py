@@ -151,8 +151,8 @@ class _PoolLayer(NamedTuple):
             self.training, 0.1, 1e-5, *act, activation.monotone, 2.0, *window, True,
         )  # fmt: skip
         calls.batch_norm_act_pool_bwd(
-            output, x, selected, positions, channels[0], channels[1], mask, mean, invstd, self.training, *act, 2.0, *window,
-            True, True,
+            output, x, selected, positions, channels[0], channels[1], mask, mean, invstd, self.training, *act, 2.0,
+            *window, True, True,
         )  # fmt: skip
 
     def full_size_accesses(self, kernel: str) -> tuple[int, int]:
