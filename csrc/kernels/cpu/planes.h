@@ -199,9 +199,11 @@ double mean_of(const T* x, std::int64_t n) {
 // Moments of part of a channel in one pass. Each chunk is shifted by the mean of all before it: if that is far from the
 // chunk's own mean, the total variance is large too, so what cancels does not matter, as long as a chunk has not many
 // times the elements of all before it. The first chunk is shifted by the mean of its first elements.
-template <class T, class A>
-__attribute__((noinline)) Moments plane_moments(const Source& x, std::int64_t channel, Span span,
-                                                std::int64_t spatial) {
+//
+// Calls meanwhile(pieces, count) for what was just summed and is in cache.
+template <class T, class A, class F>
+__attribute__((noinline)) Moments plane_moments(const Source& x, std::int64_t channel, Span span, std::int64_t spatial,
+                                                F&& meanwhile) {
   constexpr std::int64_t kFirst = 4 * kLanes, kGrowth = 8, kMost = kPlanesTogether * kChunk;
   Moments total;
   ShiftedSums<T, A> sums(0);
@@ -228,6 +230,7 @@ __attribute__((noinline)) Moments plane_moments(const Source& x, std::int64_t ch
       sums.reset(total.mean);
       chunk = smaller(chunk * kGrowth, kMost);
     }
+    meanwhile(pieces, kCount);
   });
   if (sums.count() > 0) total.merge(sums.moments());
   return total;
@@ -241,20 +244,26 @@ Moments plane_moments_of_non_finite(const Source& x, std::int64_t channel, Span 
   return sums.moments();
 }
 
-template <class T>
-Moments plane_moments(const Source& x, std::int64_t channel, Span span, std::int64_t spatial) {
-  Moments m = plane_moments<T, Compute<T>>(x, channel, span, spatial);
+template <class T, class F>
+Moments plane_moments(const Source& x, std::int64_t channel, Span span, std::int64_t spatial, F&& meanwhile) {
+  Moments m = plane_moments<T, Compute<T>>(x, channel, span, spatial, meanwhile);
   if (std::isfinite(m.squares)) return m;
   // Squares beyond the range of float, or something that is not finite in x: double tells which.
-  if constexpr (sizeof(Compute<T>) < sizeof(double)) m = plane_moments<T, double>(x, channel, span, spatial);
+  const auto nothing = [](const Piece*, int) {};
+  if constexpr (sizeof(Compute<T>) < sizeof(double)) m = plane_moments<T, double>(x, channel, span, spatial, nothing);
   return std::isfinite(m.squares) ? m : plane_moments_of_non_finite<T>(x, channel, span, spatial);
 }
 
 // All of a channel's statistics, from its only span.
+template <class T, class F>
+void statistics_of_channel(const ForwardArgs& args, std::int64_t c, Span whole, F&& meanwhile) {
+  finish_statistics(args, c, c + 1, [&](std::int64_t) {
+    return plane_moments<T>(args.input, c, whole, args.geometry.spatial, meanwhile);
+  });
+}
 template <class T>
 void statistics_of_channel(const ForwardArgs& args, std::int64_t c, Span whole) {
-  finish_statistics(args, c, c + 1,
-                    [&](std::int64_t) { return plane_moments<T>(args.input, c, whole, args.geometry.spatial); });
+  statistics_of_channel<T>(args, c, whole, [](const Piece*, int) {});
 }
 
 template <class T>
@@ -262,7 +271,7 @@ void statistics_of_spans(const ForwardArgs& args, const PlaneSplit& split) {
   const std::int64_t channels = args.geometry.channels;
   Scratch<Moments> parts(channels * split.spans);
   split.each_span(args.parallel_for, [&](std::int64_t i, std::int64_t c, Span s) {
-    parts[i] = plane_moments<T>(args.input, c, s, args.geometry.spatial);
+    parts[i] = plane_moments<T>(args.input, c, s, args.geometry.spatial, [](const Piece*, int) {});
   });
   finish_statistics(args, 0, channels, [&](std::int64_t c) {
     Moments total;

@@ -19,6 +19,23 @@ inline double key_sign(double scale) {
   return scale > 0 ? 1 : -1;
 }
 
+// Memory that is fetched while something else is computed, a few lines at each of `steps` steps.
+class FetchAhead {
+ public:
+  FetchAhead() = default;
+  FL_INLINE FetchAhead(const void* from, std::int64_t bytes, std::int64_t steps)
+      : next_(static_cast<const char*>(from)), end_(next_ + bytes), lines_((bytes / kLine + steps) / steps) {}
+
+  FL_INLINE void step() {
+    for (std::int64_t i = 0; i < lines_ && next_ < end_; ++i, next_ += kLine) prefetch(next_);
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+  const char *next_ = nullptr, *end_ = nullptr;
+  std::int64_t lines_ = 0;
+};
+
 // n elements, into whole vectors; those behind the end are zero.
 template <class T>
 FL_INLINE void load_run(const T* from, std::int64_t n, Compute<T>* to) {

@@ -58,119 +58,183 @@ class PlanesPoolForward {
   using V = Vec<S>;
 
  public:
-  explicit PlanesPoolForward(const PoolForwardArgs& args) : args_(args), split_(args.geometry), windows_(args.pool) {}
+  explicit PlanesPoolForward(const PoolForwardArgs& args)
+      : args_(args),
+        split_(args.geometry),
+        windows_(args.pool),
+        found_(static_cast<T*>(args.selected ? args.selected : args.output.data)) {}
 
   void run() const {
     const Geometry& g = args_.geometry;
-    const std::int64_t blocks = windows_.blocks();
     if (args_.training && split_.spans == 1) {
       parallel_parts(args_.parallel_for, g.channels, split_.length, [&](std::int64_t begin, std::int64_t end) {
         Worker worker(*this);
-        for (std::int64_t c = begin; c < end; ++c) {
-          statistics_of_channel<T>(args_, c, split_.span(0));
-          for (std::int64_t i = g.batch * blocks - 1; i >= 0; --i) worker.pool(i / blocks, c, i % blocks);
-        }
+        for (std::int64_t c = begin; c < end; ++c) pool_channel(worker, c);
       });
       return;
     }
     if (args_.training) statistics_of_spans<T>(args_, split_);
+    const std::int64_t blocks = windows_.blocks();
     parallel_parts(args_.parallel_for, g.batch * g.channels * blocks, g.spatial / blocks,
                    [&](std::int64_t begin, std::int64_t end) {
                      Worker worker(*this);
-                     for (std::int64_t i = begin; i < end; ++i)
-                       worker.pool(i / blocks / g.channels, i / blocks % g.channels, i % blocks);
+                     for (std::int64_t i = begin; i < end; ++i) {
+                       const std::int64_t plane = i / blocks, n = plane / g.channels, c = plane % g.channels;
+                       worker.set_channel(c, scale(c));
+                       worker.find_block(n, c, i % blocks);
+                       worker.activate_block(n, c, i % blocks);
+                     }
                    });
   }
 
  private:
-  // The scratch memory of one thread, and what it does with one block of a plane after the other.
+  class Worker;
+
+  double scale(std::int64_t c) const { return args_.weight[c] * args_.invstd[c]; }
+
+  // With a monotone activation, the sign of the weight decides what is the largest element of a window. So planes are
+  // pooled while they are in cache for their statistics, and only what was found is walked once more.
+  void pool_channel(Worker& worker, std::int64_t c) const {
+    const std::int64_t batch = args_.geometry.batch;
+    if (!args_.monotone) {
+      statistics_of_channel<T>(args_, c, split_.span(0));
+      worker.set_channel(c, scale(c));
+      for (std::int64_t n = batch - 1; n >= 0; --n) worker.find(n, c);
+    } else {
+      worker.set_channel(c, args_.weight[c]);
+      statistics_of_channel<T>(args_, c, split_.span(0), [&](const Piece* planes, int count) {
+        for (int i = 0; i < count; ++i) worker.find(planes[i].n, c, count);
+      });
+      // The signs differ where the deviation is infinite or NaN.
+      const bool found = key_sign(scale(c)) == key_sign(args_.weight[c]);
+      worker.set_channel(c, scale(c));
+      for (std::int64_t n = 0; n < batch && !found; ++n) worker.find(n, c);
+    }
+    for (std::int64_t n = batch - 1; n >= 0; --n) worker.activate(n, c);
+  }
+
+  // The scratch memory of one thread, and what it does with one plane after the other.
   class Worker {
    public:
     explicit Worker(const PlanesPoolForward& of)
         : args_(of.args_),
           windows_(of.windows_),
+          found_(of.found_),
           pooler_(of.windows_),
           offsets_(of.args_.pool),
-          activated_(of.args_.monotone ? 0 : of.windows_.most_inputs() + kLanes) {}
+          keys_(of.windows_.most_inputs() + kLanes),
+          prefetching_(worth_prefetching<T>(of.args_.geometry) &&
+                       of.args_.geometry.spatial * static_cast<std::int64_t>(sizeof(T)) <= kLongPlane) {}
 
-    void pool(std::int64_t n, std::int64_t c, std::int64_t block) {
-      const PlaneRows output = windows_.block(block);
-      const std::int64_t plane = n * args_.geometry.channels + c, width = args_.pool.width.output;
-      const std::int64_t to = plane * args_.pool.outputs() + output.begin * width, count = output.count() * width;
-      if (args_.keep.planes && !args_.keep.planes[plane]) return write_zeros(to, count);
-      if (c != channel_) set_channel(c);
-      find(piece_start<T>(args_.input, Piece{n, 0, 0}, c), output);
-      write(to, count);
-    }
-
-   private:
-    void set_channel(std::int64_t c) {
-      channel_ = c;
+    // `scale` has the sign of the channel's. The statistics are only read for what is not monotone, and to activate.
+    void set_channel(std::int64_t c, double scale) {
+      sign_ = args_.monotone ? static_cast<S>(key_sign(scale)) : S{1};
       run_.set(channel_affine<S>(args_, c));
-      sign_ = args_.monotone ? static_cast<S>(key_sign(args_.weight[c] * args_.invstd[c])) : S{1};
     }
 
-    void write_zeros(std::int64_t to, std::int64_t count) const {
-      const auto bytes = static_cast<std::size_t>(count) * sizeof(T);
-      std::memset(static_cast<T*>(args_.output.data) + to, 0, bytes);
-      if (args_.selected) std::memset(static_cast<T*>(args_.selected) + to, 0, bytes);
-      if (args_.positions) std::memset(args_.positions + to, 0, static_cast<std::size_t>(count));
+    // Finds the largest elements of a plane's windows. Of what is about to be read, `ahead` planes away, as much is
+    // fetched.
+    void find(std::int64_t n, std::int64_t c, std::int64_t ahead = 0) {
+      for (std::int64_t i = 0; i < windows_.blocks(); ++i) find_block(n, c, i, ahead);
     }
-
-    // Leaves the largest elements of the windows where the pooler has their keys.
-    void find(const T* plane, PlaneRows output) {
-      const PlaneRows input = window_rows(args_.pool.height, output);
+    void find_block(std::int64_t n, std::int64_t c, std::int64_t block, std::int64_t ahead = 0) {
+      const Part to = part(n, c, block);
+      if (to.dropped) return write_zeros(to);
+      const PlaneRows input = window_rows(args_.pool.height, to.rows);
       const std::int64_t width = args_.pool.width.input;
-      const T* x = plane + input.begin * width;
+      const T* x = piece_start<T>(args_.input, Piece{n, input.begin * width, 0}, c);
       if (args_.monotone) {
         pooler_.fill(x, input.count(), sign_);
       } else {
-        const std::int64_t n = input.count() * width;
-        load_run(x, n, activated_.data());
-        activation_values(args_.activation, run_.affine(), activated_.data(), n, activated_.data());
-        pooler_.fill(activated_.data(), input.count(), S{1});
+        const std::int64_t count = input.count() * width;
+        load_run(x, count, keys_.data());
+        activation_values(args_.activation, run_.affine(), keys_.data(), count, keys_.data());
+        pooler_.fill(keys_.data(), input.count(), S{1});
       }
-      pooler_.pool(output, input);
-      S* keys = pooler_.keys();
-      if (args_.monotone && sign_ * sign_ == 1) {
-        const std::int64_t n = output.count() * args_.pool.width.output;
-        for (std::int64_t i = 0; i < n; i += kLanes)
-          detail::store_unaligned<S>(keys + i, detail::load_unaligned<S>(keys + i) * sign_);
-      } else {
-        offsets_.each(output, input.begin, pooler_.numbers(),
-                      [&](std::int64_t i, std::int64_t at) { keys[i] = load_one(x + at); });
-      }
+      const T* next =
+          prefetching_ && ahead && n + ahead < args_.geometry.batch ? x + ahead * args_.input.outer : nullptr;
+      pooler_.pool(to.rows, input,
+                   next ? FetchAhead(next, static_cast<std::int64_t>(sizeof(T)) * input.count() * width,
+                                     windows_.steps(input.count()))
+                        : FetchAhead());
+      look_up(to, x, input.begin);
+      store_run(pooler_.keys(), to.count, found_ + to.at);
+      if (!args_.positions) return;
+      for_each_vector(to.count, [&](std::int64_t i, auto lanes) {
+        store_numbers<S>(args_.positions + to.at + i, detail::load_unaligned<Number<S>>(pooler_.numbers() + i), lanes);
+      });
     }
 
-    void write(std::int64_t to, std::int64_t count) const {
-      S* x = pooler_.keys();
-      if (args_.selected) store_run(x, count, static_cast<T*>(args_.selected) + to);
-      if (args_.positions) {
-        for_each_vector(count, [&](std::int64_t i, auto lanes) {
-          store_numbers<S>(args_.positions + to + i, detail::load_unaligned<Number<S>>(pooler_.numbers() + i), lanes);
-        });
+    // Writes a plane's output, from the elements that were found.
+    void activate(std::int64_t n, std::int64_t c) {
+      for (std::int64_t i = 0; i < windows_.blocks(); ++i) activate_block(n, c, i);
+    }
+    void activate_block(std::int64_t n, std::int64_t c, std::int64_t block) {
+      const Part to = part(n, c, block);
+      T* output = static_cast<T*>(args_.output.data) + to.at;
+      if (to.dropped) {
+        std::memset(output, 0, static_cast<std::size_t>(to.count) * sizeof(T));
+        return;
       }
-      activation_values(args_.activation, run_.affine(), x, count, x);
-      T* output = static_cast<T*>(args_.output.data) + to;
+      S* const x = pooler_.keys();
+      load_run(found_ + to.at, to.count, x);
+      activation_values(args_.activation, run_.affine(), x, to.count, x);
       const V scale = splat<V>(args_.keep.scale);
-      for_each_vector(count, [&](std::int64_t i, auto lanes) {
+      for_each_vector(to.count, [&](std::int64_t i, auto lanes) {
         store(output + i, detail::load_unaligned<S>(x + i) * scale, lanes);
       });
     }
 
+   private:
+    // Rows of a plane's output, and where they are in memory.
+    struct Part {
+      PlaneRows rows;
+      std::int64_t at, count;
+      bool dropped;
+    };
+
+    Part part(std::int64_t n, std::int64_t c, std::int64_t block) const {
+      const PlaneRows rows = windows_.block(block);
+      const std::int64_t plane = n * args_.geometry.channels + c, width = args_.pool.width.output;
+      return {rows, plane * args_.pool.outputs() + rows.begin * width, rows.count() * width,
+              args_.keep.planes && !args_.keep.planes[plane]};
+    }
+
+    void write_zeros(const Part& to) const {
+      std::memset(found_ + to.at, 0, static_cast<std::size_t>(to.count) * sizeof(T));
+      if (args_.positions) std::memset(args_.positions + to.at, 0, static_cast<std::size_t>(to.count));
+    }
+
+    // Replaces keys by elements; row `first` of the plane is at x.
+    void look_up(const Part& to, const T* x, std::int64_t first) {
+      S* const keys = pooler_.keys();
+      if (args_.monotone && sign_ * sign_ == 1) {
+        for (std::int64_t i = 0; i < to.count; i += kLanes)
+          detail::store_unaligned<S>(keys + i, detail::load_unaligned<S>(keys + i) * sign_);
+      } else {
+        offsets_.each(to.rows, first, pooler_.numbers(),
+                      [&](std::int64_t i, std::int64_t at) { keys[i] = load_one(x + at); });
+      }
+    }
+
+    // Bytes from which on the processor itself fetches enough of a plane ahead.
+    static constexpr std::int64_t kLongPlane = 8 * 1024;
+
     const PoolForwardArgs& args_;
     const PlaneWindows<S>& windows_;
+    T* found_;
     PlanePooler<S> pooler_;
     WindowOffsets offsets_;
-    Scratch<S> activated_;
+    Scratch<S> keys_;
     ChannelRun<S> run_;
-    std::int64_t channel_ = -1;
+    bool prefetching_;
     S sign_ = 1;
   };
 
   const PoolForwardArgs& args_;
   PlaneSplit split_;
   PlaneWindows<S> windows_;
+  T* found_;
 };
 
 template <class T>
