@@ -99,16 +99,16 @@ class PlanesPoolForward {
     if (!args_.monotone) {
       statistics_of_channel<T>(args_, c, split_.span(0));
       worker.set_channel(c, scale(c));
-      for (std::int64_t n = batch - 1; n >= 0; --n) worker.find(n, c);
+      worker.find(0, batch, c);
     } else {
       worker.set_channel(c, args_.weight[c]);
       statistics_of_channel<T>(args_, c, split_.span(0), [&](const Piece* planes, int count) {
-        for (int i = 0; i < count; ++i) worker.find(planes[i].n, c, count);
+        worker.find(planes[0].n, planes[0].n + count, c);
       });
       // The signs differ where the deviation is infinite or NaN.
       const bool found = key_sign(scale(c)) == key_sign(args_.weight[c]);
       worker.set_channel(c, scale(c));
-      for (std::int64_t n = 0; n < batch && !found; ++n) worker.find(n, c);
+      if (!found) worker.find(0, batch, c);
     }
     for (std::int64_t n = batch - 1; n >= 0; --n) worker.activate(n, c);
   }
@@ -132,14 +132,28 @@ class PlanesPoolForward {
       run_.set(channel_affine<S>(args_, c));
     }
 
-    // Finds the largest elements of a plane's windows. Of what is about to be read, `ahead` planes away, as much is
-    // fetched.
-    void find(std::int64_t n, std::int64_t c, std::int64_t ahead = 0) {
-      for (std::int64_t i = 0; i < windows_.blocks(); ++i) find_block(n, c, i, ahead);
+    // Finds the largest elements of the windows of planes [begin, end). Meanwhile as many others, which are about to be
+    // read, are fetched.
+    void find(std::int64_t begin, std::int64_t end, std::int64_t c) {
+      const Geometry& g = args_.geometry;
+      const std::int64_t more = smaller(end - begin, g.batch - end);
+      if (prefetching_ && more > 0) {
+        std::int64_t kept = 0;
+        for (std::int64_t n = begin; n < end; ++n) kept += !part(n, c, 0).dropped;
+        constexpr auto size = static_cast<std::int64_t>(sizeof(T));
+        ahead_ = FetchAhead(piece_start<T>(args_.input, Piece{end, 0, 0}, c), g.spatial * size, more,
+                            args_.input.outer * size, kept * windows_.steps(args_.pool.height.input));
+      }
+      for (std::int64_t n = begin; n < end; ++n)
+        for (std::int64_t i = 0; i < windows_.blocks(); ++i) find_block(n, c, i);
     }
-    void find_block(std::int64_t n, std::int64_t c, std::int64_t block, std::int64_t ahead = 0) {
+    void find_block(std::int64_t n, std::int64_t c, std::int64_t block) {
       const Part to = part(n, c, block);
       if (to.dropped) return write_zeros(to);
+      if (prefetching_) {
+        prefetch_run_for_writing(found_ + to.at, to.count * static_cast<std::int64_t>(sizeof(T)));
+        if (args_.positions) prefetch_run_for_writing(args_.positions + to.at, to.count);
+      }
       const PlaneRows input = window_rows(args_.pool.height, to.rows);
       const std::int64_t width = args_.pool.width.input;
       const T* x = piece_start<T>(args_.input, Piece{n, input.begin * width, 0}, c);
@@ -151,12 +165,7 @@ class PlanesPoolForward {
         activation_values(args_.activation, run_.affine(), keys_.data(), count, keys_.data());
         pooler_.fill(keys_.data(), input.count(), S{1});
       }
-      const T* next =
-          prefetching_ && ahead && n + ahead < args_.geometry.batch ? x + ahead * args_.input.outer : nullptr;
-      pooler_.pool(to.rows, input,
-                   next ? FetchAhead(next, static_cast<std::int64_t>(sizeof(T)) * input.count() * width,
-                                     windows_.steps(input.count()))
-                        : FetchAhead());
+      pooler_.pool(to.rows, input, ahead_);
       look_up(to, x, input.begin);
       store_run(pooler_.keys(), to.count, found_ + to.at);
       if (!args_.positions) return;
@@ -227,6 +236,7 @@ class PlanesPoolForward {
     WindowOffsets offsets_;
     Scratch<S> keys_;
     ChannelRun<S> run_;
+    FetchAhead ahead_;
     bool prefetching_;
     S sign_ = 1;
   };
@@ -256,7 +266,8 @@ class PlanesPoolBackward {
     most_inputs_ = smaller(rows_each_ + 2 * margin, height.input) * width.input;
     streaming_ = worth_streaming<T>(args.geometry, args.grad_input, args.grad_input.inner) &&
                  worth_streaming<T>(args.geometry, args.grad_input, rows_each_ * width.input);
-    if (args.training && worth_prefetching<T>(args.geometry) && blocks_ == 1) next_input_ = args.input.outer;
+    prefetching_ = worth_prefetching<T>(args.geometry) && blocks_ == 1;
+    if (args.training && prefetching_) next_input_ = args.input.outer;
   }
 
   void run() const {
@@ -266,7 +277,10 @@ class PlanesPoolBackward {
         Worker worker(*this);
         for (std::int64_t c = begin; c < end; ++c) {
           GradientSums sums;
-          for (std::int64_t n = 0; n < g.batch; ++n) sums.add(worker.sums(n, c, 0, args_.pool.outputs()));
+          for (std::int64_t n = 0; n < g.batch; ++n) {
+            if (prefetching_) worker.fetch(n + 2, c);
+            sums.add(worker.sums(n, c, 0, args_.pool.outputs()));
+          }
           const InputGradient coefficients = finish_sums<T>(args_, c, sums);
           if (!args_.grad_input.data) continue;
           for (std::int64_t i = g.batch * blocks_ - 1; i >= 0; --i)
@@ -327,6 +341,18 @@ class PlanesPoolBackward {
           x_((kRun > of.most_outputs_ ? kRun : of.most_outputs_) + kLanes),
           grad_((kRun > of.most_outputs_ ? kRun : of.most_outputs_) + kLanes),
           spread_(of.most_inputs_ + kLanes) {}
+
+    // Has what sums() reads of a plane fetched.
+    void fetch(std::int64_t n, std::int64_t c) const {
+      if (n >= args_.geometry.batch || dropped(n, c)) return;
+      const std::int64_t bytes = args_.pool.outputs() * static_cast<std::int64_t>(sizeof(T));
+      const T* grad_output = piece_start<T>(args_.grad_output, Piece{n, 0, 0}, c);
+      const T* selected = static_cast<const T*>(args_.selected) + at(n, c, 0);
+      for (std::int64_t i = 0; i < bytes; i += 64) {
+        prefetch(reinterpret_cast<const char*>(grad_output) + i);
+        prefetch(reinterpret_cast<const char*>(selected) + i);
+      }
+    }
 
     // Those of windows [begin, end) of a plane.
     GradientSums sums(std::int64_t n, std::int64_t c, std::int64_t begin, std::int64_t end) {
@@ -426,7 +452,7 @@ class PlanesPoolBackward {
   const PoolBackwardArgs& args_;
   PlaneSplit split_;
   std::int64_t rows_each_, blocks_, most_outputs_, most_inputs_;
-  bool streaming_;
+  bool streaming_, prefetching_;
   std::int64_t next_input_ = 0;  // back to what is read after a plane, if that is to be fetched ahead
 };
 
