@@ -25,6 +25,21 @@ class ChannelRun {
   alignas(64) S mean_[kLanes], scale_[kLanes], shift_[kLanes];
 };
 
+// A task is a few adjacent channels, whose planes are walked together, sample by sample: the processor fetches ahead in
+// memory that is read in order. How many depends on the shape alone.
+struct ChannelBlocks {
+  static constexpr std::int64_t kMost = 8, kEnoughTasks = 16;
+  std::int64_t channels, each;
+
+  explicit ChannelBlocks(std::int64_t channels_) : channels(channels_), each(channels_ / kEnoughTasks) {
+    if (each < 1) each = 1;
+    if (each > kMost) each = kMost;
+  }
+  std::int64_t count() const { return (channels + each - 1) / each; }
+  std::int64_t begin(std::int64_t block) const { return block * each; }
+  std::int64_t end(std::int64_t block) const { return smaller((block + 1) * each, channels); }
+};
+
 // Where the elements of a window are, from its first element on, whether that exists or not.
 class WindowOffsets {
  public:
@@ -67,10 +82,13 @@ class PlanesPoolForward {
   void run() const {
     const Geometry& g = args_.geometry;
     if (args_.training && split_.spans == 1) {
-      parallel_parts(args_.parallel_for, g.channels, split_.length, [&](std::int64_t begin, std::int64_t end) {
-        Worker worker(*this);
-        for (std::int64_t c = begin; c < end; ++c) pool_channel(worker, c);
-      });
+      const ChannelBlocks channels(g.channels);
+      parallel_parts(args_.parallel_for, channels.count(), channels.each * split_.length,
+                     [&](std::int64_t begin, std::int64_t end) {
+                       Worker worker(*this);
+                       for (std::int64_t i = begin; i < end; ++i)
+                         pool_channels(worker, channels.begin(i), channels.end(i));
+                     });
       return;
     }
     if (args_.training) statistics_of_spans<T>(args_, split_);
@@ -80,7 +98,7 @@ class PlanesPoolForward {
                      Worker worker(*this);
                      for (std::int64_t i = begin; i < end; ++i) {
                        const std::int64_t plane = i / blocks, n = plane / g.channels, c = plane % g.channels;
-                       worker.set_channel(c, scale(c));
+                       worker.set_channels(c, c + 1, [&](std::int64_t) { return scale(c); });
                        worker.find_block(n, c, i % blocks);
                        worker.activate_block(n, c, i % blocks);
                      }
@@ -94,23 +112,46 @@ class PlanesPoolForward {
 
   // With a monotone activation, the sign of the weight decides what is the largest element of a window. So planes are
   // pooled while they are in cache for their statistics, and only what was found is walked once more.
-  void pool_channel(Worker& worker, std::int64_t c) const {
+  void pool_channels(Worker& worker, std::int64_t begin, std::int64_t end) const {
     const std::int64_t batch = args_.geometry.batch;
-    if (!args_.monotone) {
-      statistics_of_channel<T>(args_, c, split_.span(0));
-      worker.set_channel(c, scale(c));
-      worker.find(0, batch, c);
-    } else {
-      worker.set_channel(c, args_.weight[c]);
-      statistics_of_channel<T>(args_, c, split_.span(0), [&](const Piece* planes, int count) {
-        worker.find(planes[0].n, planes[0].n + count, c);
-      });
-      // The signs differ where the deviation is infinite or NaN.
-      const bool found = key_sign(scale(c)) == key_sign(args_.weight[c]);
-      worker.set_channel(c, scale(c));
-      if (!found) worker.find(0, batch, c);
+    const auto weight = [&](std::int64_t c) { return args_.weight[c]; };
+    const auto final_scale = [&](std::int64_t c) { return scale(c); };
+    worker.set_channels(begin, end, weight);
+    statistics_of_channels(worker, begin, end);
+    // The signs differ where the deviation is infinite or NaN.
+    bool found = args_.monotone;
+    for (std::int64_t c = begin; c < end; ++c) found &= key_sign(scale(c)) == key_sign(weight(c));
+    worker.set_channels(begin, end, final_scale);
+    for (std::int64_t n = batch - 1; n >= 0; --n)
+      for (std::int64_t c = begin; c < end; ++c) {
+        if (!found) worker.find(n, n + 1, c);
+        worker.activate(n, c);
+      }
+  }
+
+  void statistics_of_channels(Worker& worker, std::int64_t begin, std::int64_t end) const {
+    PlaneMoments<T, S> moments[ChannelBlocks::kMost];
+    const std::int64_t batch = args_.geometry.batch, together = batch & -kPlanesTogether;
+    for (std::int64_t n = 0; n < together; n += kPlanesTogether)
+      add_planes(worker, n, begin, end, moments, Together<kPlanesTogether>{});
+    for (std::int64_t n = together; n < batch; ++n) add_planes(worker, n, begin, end, moments, Together<1>{});
+    finish_statistics(args_, begin, end, [&](std::int64_t c) {
+      return checked_moments<T>(moments[c - begin].finish(), args_.input, c, split_.span(0), args_.geometry.spatial);
+    });
+  }
+
+  template <int kCount>
+  void add_planes(Worker& worker, std::int64_t n, std::int64_t begin, std::int64_t end, PlaneMoments<T, S>* moments,
+                  Together<kCount> together) const {
+    for (std::int64_t c = begin; c < end; ++c) {
+      const T* from[kCount];
+      for (int u = 0; u < kCount; ++u) from[u] = piece_start<T>(args_.input, Piece{n + u, 0, 0}, c);
+      moments[c - begin].add(from, args_.geometry.spatial, together);
+      if (!args_.monotone) continue;
+      const bool last = c + 1 == end;
+      worker.fetch_ahead(n, last ? n + kCount : n, kCount, c, last ? begin : c + 1);
+      worker.find(n, n + kCount, c);
     }
-    for (std::int64_t n = batch - 1; n >= 0; --n) worker.activate(n, c);
   }
 
   // The scratch memory of one thread, and what it does with one plane after the other.
@@ -126,24 +167,30 @@ class PlanesPoolForward {
           prefetching_(worth_prefetching<T>(of.args_.geometry) &&
                        of.args_.geometry.spatial * static_cast<std::int64_t>(sizeof(T)) <= kLongPlane) {}
 
-    // `scale` has the sign of the channel's. The statistics are only read for what is not monotone, and to activate.
-    void set_channel(std::int64_t c, double scale) {
-      sign_ = args_.monotone ? static_cast<S>(key_sign(scale)) : S{1};
-      run_.set(channel_affine<S>(args_, c));
+    // scale(c) has the sign of the channel's. The statistics are only read for what is not monotone, and to activate.
+    void set_channels(std::int64_t begin, std::int64_t end, auto scale) {
+      first_channel_ = begin;
+      for (std::int64_t c = begin; c < end; ++c) {
+        signs_[c - begin] = args_.monotone ? static_cast<S>(key_sign(scale(c))) : S{1};
+        runs_[c - begin].set(channel_affine<S>(args_, c));
+      }
     }
 
-    // Finds the largest elements of the windows of planes [begin, end). Meanwhile as many others, which are about to be
-    // read, are fetched.
-    void find(std::int64_t begin, std::int64_t end, std::int64_t c) {
+    // While `count` planes of channel c from n on are pooled, has as many fetched, those of another channel from
+    // another sample on, which are read next.
+    void fetch_ahead(std::int64_t n, std::int64_t next_n, std::int64_t count, std::int64_t c, std::int64_t next_c) {
+      ahead_ = {};
       const Geometry& g = args_.geometry;
-      const std::int64_t more = smaller(end - begin, g.batch - end);
-      if (prefetching_ && more > 0) {
-        std::int64_t kept = 0;
-        for (std::int64_t n = begin; n < end; ++n) kept += !part(n, c, 0).dropped;
-        constexpr auto size = static_cast<std::int64_t>(sizeof(T));
-        ahead_ = FetchAhead(piece_start<T>(args_.input, Piece{end, 0, 0}, c), g.spatial * size, more,
-                            args_.input.outer * size, kept * windows_.steps(args_.pool.height.input));
-      }
+      if (!prefetching_ || next_n + count > g.batch) return;
+      std::int64_t kept = 0;
+      for (std::int64_t i = 0; i < count; ++i) kept += !part(n + i, c, 0).dropped;
+      constexpr auto size = static_cast<std::int64_t>(sizeof(T));
+      ahead_ = FetchAhead(piece_start<T>(args_.input, Piece{next_n, 0, 0}, next_c), g.spatial * size, count,
+                          args_.input.outer * size, kept * windows_.steps(args_.pool.height.input));
+    }
+
+    // Finds the largest elements of the windows of planes [begin, end).
+    void find(std::int64_t begin, std::int64_t end, std::int64_t c) {
       for (std::int64_t n = begin; n < end; ++n)
         for (std::int64_t i = 0; i < windows_.blocks(); ++i) find_block(n, c, i);
     }
@@ -158,15 +205,15 @@ class PlanesPoolForward {
       const std::int64_t width = args_.pool.width.input;
       const T* x = piece_start<T>(args_.input, Piece{n, input.begin * width, 0}, c);
       if (args_.monotone) {
-        pooler_.fill(x, input.count(), sign_);
+        pooler_.fill(x, input.count(), sign_of(c));
       } else {
         const std::int64_t count = input.count() * width;
         load_run(x, count, keys_.data());
-        activation_values(args_.activation, run_.affine(), keys_.data(), count, keys_.data());
+        activation_values(args_.activation, run_of(c).affine(), keys_.data(), count, keys_.data());
         pooler_.fill(keys_.data(), input.count(), S{1});
       }
       pooler_.pool(to.rows, input, ahead_);
-      look_up(to, x, input.begin);
+      look_up(to, x, input.begin, sign_of(c));
       store_run(pooler_.keys(), to.count, found_ + to.at);
       if (!args_.positions) return;
       for_each_vector(to.count, [&](std::int64_t i, auto lanes) {
@@ -187,7 +234,7 @@ class PlanesPoolForward {
       }
       S* const x = pooler_.keys();
       load_run(found_ + to.at, to.count, x);
-      activation_values(args_.activation, run_.affine(), x, to.count, x);
+      activation_values(args_.activation, run_of(c).affine(), x, to.count, x);
       const V scale = splat<V>(args_.keep.scale);
       for_each_vector(to.count, [&](std::int64_t i, auto lanes) {
         store(output + i, detail::load_unaligned<S>(x + i) * scale, lanes);
@@ -202,6 +249,9 @@ class PlanesPoolForward {
       bool dropped;
     };
 
+    const ChannelRun<S>& run_of(std::int64_t c) const { return runs_[c - first_channel_]; }
+    S sign_of(std::int64_t c) const { return signs_[c - first_channel_]; }
+
     Part part(std::int64_t n, std::int64_t c, std::int64_t block) const {
       const PlaneRows rows = windows_.block(block);
       const std::int64_t plane = n * args_.geometry.channels + c, width = args_.pool.width.output;
@@ -215,11 +265,11 @@ class PlanesPoolForward {
     }
 
     // Replaces keys by elements; row `first` of the plane is at x.
-    void look_up(const Part& to, const T* x, std::int64_t first) {
+    void look_up(const Part& to, const T* x, std::int64_t first, S sign) {
       S* const keys = pooler_.keys();
-      if (args_.monotone && sign_ * sign_ == 1) {
+      if (args_.monotone && sign * sign == 1) {
         for (std::int64_t i = 0; i < to.count; i += kLanes)
-          detail::store_unaligned<S>(keys + i, detail::load_unaligned<S>(keys + i) * sign_);
+          detail::store_unaligned<S>(keys + i, detail::load_unaligned<S>(keys + i) * sign);
       } else {
         offsets_.each(to.rows, first, pooler_.numbers(),
                       [&](std::int64_t i, std::int64_t at) { keys[i] = load_one(x + at); });
@@ -235,10 +285,11 @@ class PlanesPoolForward {
     PlanePooler<S> pooler_;
     WindowOffsets offsets_;
     Scratch<S> keys_;
-    ChannelRun<S> run_;
+    std::int64_t first_channel_ = 0;
+    ChannelRun<S> runs_[ChannelBlocks::kMost];
+    S signs_[ChannelBlocks::kMost];
     FetchAhead ahead_;
     bool prefetching_;
-    S sign_ = 1;
   };
 
   const PoolForwardArgs& args_;
@@ -266,27 +317,18 @@ class PlanesPoolBackward {
     most_inputs_ = smaller(rows_each_ + 2 * margin, height.input) * width.input;
     streaming_ = worth_streaming<T>(args.geometry, args.grad_input, args.grad_input.inner) &&
                  worth_streaming<T>(args.geometry, args.grad_input, rows_each_ * width.input);
-    prefetching_ = worth_prefetching<T>(args.geometry) && blocks_ == 1;
-    if (args.training && prefetching_) next_input_ = args.input.outer;
   }
 
   void run() const {
     const Geometry& g = args_.geometry;
     if (needs_sums(args_) && split_.spans == 1) {
-      parallel_parts(args_.parallel_for, g.channels, split_.length, [&](std::int64_t begin, std::int64_t end) {
-        Worker worker(*this);
-        for (std::int64_t c = begin; c < end; ++c) {
-          GradientSums sums;
-          for (std::int64_t n = 0; n < g.batch; ++n) {
-            if (prefetching_) worker.fetch(n + 2, c);
-            sums.add(worker.sums(n, c, 0, args_.pool.outputs()));
-          }
-          const InputGradient coefficients = finish_sums<T>(args_, c, sums);
-          if (!args_.grad_input.data) continue;
-          for (std::int64_t i = g.batch * blocks_ - 1; i >= 0; --i)
-            worker.write(i / blocks_, c, i % blocks_, coefficients);
-        }
-      });
+      const ChannelBlocks channels(g.channels);
+      parallel_parts(args_.parallel_for, channels.count(), channels.each * split_.length,
+                     [&](std::int64_t begin, std::int64_t end) {
+                       Worker worker(*this);
+                       for (std::int64_t i = begin; i < end; ++i)
+                         run_channels(worker, channels.begin(i), channels.end(i));
+                     });
       return;
     }
     Scratch<InputGradient> coefficients(g.channels);
@@ -301,6 +343,7 @@ class PlanesPoolBackward {
                      Worker worker(*this);
                      for (std::int64_t i = begin; i < end; ++i) {
                        const std::int64_t n = i / blocks_ / g.channels, c = i / blocks_ % g.channels;
+                       worker.set_channels(c, c + 1);
                        worker.write(n, c, i % blocks_, coefficients[c]);
                      }
                    });
@@ -310,20 +353,37 @@ class PlanesPoolBackward {
   // Windows whose gradients are in scratch memory at a time.
   static constexpr std::int64_t kRun = 1024;
 
+  class Worker;
+
+  void run_channels(Worker& worker, std::int64_t begin, std::int64_t end) const {
+    const std::int64_t batch = args_.geometry.batch;
+    GradientSums sums[ChannelBlocks::kMost];
+    InputGradient coefficients[ChannelBlocks::kMost];
+    worker.set_channels(begin, end);
+    for (std::int64_t n = 0; n < batch; ++n)
+      for (std::int64_t c = begin; c < end; ++c) sums[c - begin].add(worker.sums(n, c, 0, args_.pool.outputs()));
+    for (std::int64_t c = begin; c < end; ++c) coefficients[c - begin] = finish_sums<T>(args_, c, sums[c - begin]);
+    if (!args_.grad_input.data) return;
+    for (std::int64_t n = batch - 1; n >= 0; --n)
+      for (std::int64_t c = begin; c < end; ++c)
+        for (std::int64_t i = 0; i < blocks_; ++i) worker.write(n, c, i, coefficients[c - begin]);
+  }
+
   void sums_of_parts(InputGradient* coefficients) const {
     constexpr std::int64_t kPart = 8 * kRun;
     const Geometry& g = args_.geometry;
     const std::int64_t outputs = args_.pool.outputs(), parts = (outputs + kPart - 1) / kPart;
     const std::int64_t per_channel = g.batch * parts;
     Scratch<GradientSums> sums(g.channels * per_channel);
-    parallel_parts(
-        args_.parallel_for, g.channels * per_channel, outputs / parts, [&](std::int64_t begin, std::int64_t end) {
-          Worker worker(*this);
-          for (std::int64_t i = begin; i < end; ++i) {
-            const std::int64_t from = i % parts * kPart;
-            sums[i] = worker.sums(i % per_channel / parts, i / per_channel, from, smaller(from + kPart, outputs));
-          }
-        });
+    parallel_parts(args_.parallel_for, g.channels * per_channel, outputs / parts,
+                   [&](std::int64_t begin, std::int64_t end) {
+                     Worker worker(*this);
+                     for (std::int64_t i = begin; i < end; ++i) {
+                       const std::int64_t from = i % parts * kPart, c = i / per_channel;
+                       worker.set_channels(c, c + 1);
+                       sums[i] = worker.sums(i % per_channel / parts, c, from, smaller(from + kPart, outputs));
+                     }
+                   });
     for (std::int64_t c = 0; c < g.channels; ++c) {
       GradientSums total;
       for (std::int64_t i = 0; i < per_channel; ++i) total.add(sums[c * per_channel + i]);
@@ -342,16 +402,9 @@ class PlanesPoolBackward {
           grad_((kRun > of.most_outputs_ ? kRun : of.most_outputs_) + kLanes),
           spread_(of.most_inputs_ + kLanes) {}
 
-    // Has what sums() reads of a plane fetched.
-    void fetch(std::int64_t n, std::int64_t c) const {
-      if (n >= args_.geometry.batch || dropped(n, c)) return;
-      const std::int64_t bytes = args_.pool.outputs() * static_cast<std::int64_t>(sizeof(T));
-      const T* grad_output = piece_start<T>(args_.grad_output, Piece{n, 0, 0}, c);
-      const T* selected = static_cast<const T*>(args_.selected) + at(n, c, 0);
-      for (std::int64_t i = 0; i < bytes; i += 64) {
-        prefetch(reinterpret_cast<const char*>(grad_output) + i);
-        prefetch(reinterpret_cast<const char*>(selected) + i);
-      }
+    void set_channels(std::int64_t begin, std::int64_t end) {
+      first_channel_ = begin;
+      for (std::int64_t c = begin; c < end; ++c) runs_[c - begin].set(channel_affine<S>(args_, c));
     }
 
     // Those of windows [begin, end) of a plane.
@@ -365,7 +418,7 @@ class PlanesPoolBackward {
           const V g = covered<S>(detail::load_unaligned<S>(grad_.data() + i), lanes);
           const V x = covered<S>(detail::load_unaligned<S>(x_.data() + i), lanes);
           grad += convert<Vec<double>>(g);
-          grad_deviation += convert<Vec<double>>(g) * convert<Vec<double>>(x - run_.mean());
+          grad_deviation += convert<Vec<double>>(g) * convert<Vec<double>>(x - run_of(c).mean());
         });
       }
       return {sum_of_lanes<double>(grad), sum_of_lanes<double>(grad_deviation)};
@@ -376,16 +429,13 @@ class PlanesPoolBackward {
       const PoolAxis& height = args_.pool.height;
       const std::int64_t begin = block * of_.rows_each_, width = args_.pool.width.input;
       const PlaneRows rows{begin, smaller(begin + of_.rows_each_, height.input)};
-      set_channel(c);
       const S* spread = dropped(n, c) ? nullptr : spread_gradients(n, c, rows);
       const Piece piece{n, begin * width, rows.count() * width};
       const T* input = piece_start<T>(args_.input, piece, c);
       T* to = piece_start<T>(args_.grad_input, piece, c);
-      const V mean = splat<V>(run_.mean()), scale = splat<V>(run_.scale());
+      const V mean = splat<V>(run_of(c).mean()), scale = splat<V>(run_of(c).scale());
       const V by_deviation = splat<V>(coefficients.by_deviation), constant = splat<V>(coefficients.constant);
-      const std::int64_t next = of_.next_input_;
       for_each_vector(piece.length, [&](std::int64_t i, auto lanes) {
-        if (next) prefetch(input + i - next);
         const V g = spread ? detail::load_unaligned<S>(spread + i) : V{};
         const V gx =
             args_.training ? input_gradient(g, load(input + i, lanes), mean, scale, by_deviation, constant) : g * scale;
@@ -398,11 +448,7 @@ class PlanesPoolBackward {
       return args_.keep.planes && !args_.keep.planes[n * args_.geometry.channels + c];
     }
 
-    void set_channel(std::int64_t c) {
-      if (c == channel_) return;
-      channel_ = c;
-      run_.set(channel_affine<S>(args_, c));
-    }
+    const ChannelRun<S>& run_of(std::int64_t c) const { return runs_[c - first_channel_]; }
 
     std::int64_t at(std::int64_t n, std::int64_t c, std::int64_t window) const {
       return (n * args_.geometry.channels + c) * args_.pool.outputs() + window;
@@ -410,14 +456,13 @@ class PlanesPoolBackward {
 
     // Leaves what goes into the activation of windows [from, from + count), and its gradients, in scratch memory.
     void find_gradients(std::int64_t n, std::int64_t c, std::int64_t from, std::int64_t count) {
-      set_channel(c);
       const T* grad_output = piece_start<T>(args_.grad_output, Piece{n, from, count}, c);
       load_run(static_cast<const T*>(args_.selected) + at(n, c, from), count, x_.data());
       const V keep_scale = splat<V>(args_.keep.scale);
       for_each_vector(count, [&](std::int64_t i, auto lanes) {
         detail::store_unaligned<S>(grad_.data() + i, load(grad_output + i, lanes) * keep_scale);
       });
-      activation_gradients(args_.activation, run_.affine(), x_.data(), count, grad_.data());
+      activation_gradients(args_.activation, run_of(c).affine(), x_.data(), count, grad_.data());
     }
 
     // Returns the gradients of rows of the input, before the normalisation.
@@ -445,15 +490,14 @@ class PlanesPoolBackward {
     const PoolBackwardArgs& args_;
     WindowOffsets offsets_;
     Scratch<S> x_, grad_, spread_;
-    ChannelRun<S> run_;
-    std::int64_t channel_ = -1;
+    std::int64_t first_channel_ = 0;
+    ChannelRun<S> runs_[ChannelBlocks::kMost];
   };
 
   const PoolBackwardArgs& args_;
   PlaneSplit split_;
   std::int64_t rows_each_, blocks_, most_outputs_, most_inputs_;
-  bool streaming_, prefetching_;
-  std::int64_t next_input_ = 0;  // back to what is read after a plane, if that is to be fetched ahead
+  bool streaming_;
 };
 
 }  // namespace FASTLAYERS_ISA
