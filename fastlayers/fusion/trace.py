@@ -14,7 +14,6 @@ import dis
 import enum
 import functools
 import inspect
-import itertools
 import operator
 import os
 import random
@@ -32,7 +31,6 @@ from torch.fx import _symbolic_trace as fx_trace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlayers.fusion.table import class_of
-
 
 # What is replaced while a forward is traced is there for all threads: one traces at a time, since each puts back what
 # it found.
@@ -550,16 +548,17 @@ def trace(module: nn.Module, inline: frozenset[str] = frozenset(), kinds: Kinds 
 
 
 def _traced(module: nn.Module, inline: frozenset[str], kinds: Kinds) -> tuple[fx.Graph, _Tracer, _Watch]:
-    for attempt in itertools.count(1):
+    attempts = 0
+    while True:
+        attempts += 1
         watch = _Watch(module)
         tracer = _Tracer(inline, kinds, watch)
         try:
             with _tracing:
                 return tracer.trace(module), tracer, watch
         except TraceError:
-            if not watch.draws or threading.active_count() == 1 or attempt == _ATTEMPTS:
+            if not watch.draws or threading.active_count() == 1 or attempts == _ATTEMPTS:
                 raise
         except Exception as error:  # the forward is any code, and so may fail in any way with proxies
             first_line = str(error).strip().splitlines()[0] if str(error) else ""
             raise TraceError(f"{type(error).__name__}: {first_line}") from None
-    raise AssertionError("the loop ends by returning or raising")
