@@ -25,7 +25,8 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     chain get a subclass of their class, of the same name, whose forward calls the fused kernel with the state that
     BatchNorm, activation and dropout have at that moment. Where a call would not be the same fused (a residual that
     broadcasts, a hook that was added later), the members run one by one, a `FusionWarning` says so once, and
-    `fusion_report` tells why. What was fused before is looked at anew.
+    `fusion_report` tells why. What was fused before is looked at anew. Other threads may fuse, run and train other models
+    meanwhile.
 
     Args:
         model: of any class, in training or evaluation mode.
