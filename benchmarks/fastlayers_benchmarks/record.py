@@ -60,8 +60,8 @@ class Row:
 
     Attributes:
         case: its name.
-        about: what the case is made of, by which rows are put together: shape, layout, dtype, drop_p, act, residual; or
-            model and layout.
+        about: what the case is made of, by which rows are put together: shape, layout, dtype, drop_p, act, residual,
+            pool (older records have none); or model and layout.
         phase: forward, forward+backward, eval, or training step.
         passes: reads and writes of full-size tensors, each `tensor_bytes` long, that the design needs for one call.
         copy_rate: bytes read and written per second by a copy of such a tensor.
