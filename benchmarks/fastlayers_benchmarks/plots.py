@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from fastlayers.writing import write_whole
 from fastlayers_benchmarks import steps
 from fastlayers_benchmarks.cases import PHASES
 from fastlayers_benchmarks.contenders import COMPILE, EAGER, FUSED_COMPILED, MAX_AUTOTUNE
@@ -35,7 +37,6 @@ Draw = Callable[[Setting, Sequence[Row]], Figure | None]
 
 def save(record: Record, folder: Path) -> list[Path]:
     """Writes PNGs and returns their paths: one of each kind per setting and phase, as far as it was measured."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for setting in record.settings:
         for phase in (*PHASES, STEP):
@@ -47,7 +48,9 @@ def save(record: Record, folder: Path) -> list[Path]:
                 name = re.sub(r"\W+", "-", f"{kind} {phase} {setting.title}").strip("-")
                 paths.append(folder / f"{name}.png")
                 FigureCanvasAgg(figure)
-                figure.savefig(paths[-1], dpi=110)
+                content = io.BytesIO()
+                figure.savefig(content, format="png", dpi=110)
+                write_whole(paths[-1], content.getbuffer())
     return paths
 
 

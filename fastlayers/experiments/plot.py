@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 
 from fastlayers.experiments.quickstart import Result
 from fastlayers.experiments.training import PHASES
+from fastlayers.writing import write_whole
 
 TORCH_COLOUR = "#ee4c2c"
 FUSED_COLOUR = "#1f4e79"
@@ -31,7 +33,9 @@ def save(result: Result, title: str, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_whole(path, content.getbuffer())
 
 
 def _epochs(result: Result) -> range:
