@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastlayers as fl
@@ -730,7 +731,7 @@ class _Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[str, float, bool]] = []
-        whole = fl.fusion.chain.fused_batch_norm
+        whole = fl.modules.batch_norm.fused_batch_norm
 
         def counted(norm: Any, x: Tensor, residual: Any, act: Any, p: float, *rest: Any, **kwargs: Any) -> Tensor:
             self.seen.append((act.name, p, kwargs["pool"] is not None))
@@ -795,6 +796,31 @@ def test_changes_of_pooled_chains_are_honoured(
     fallbacks = [text for chain in fl.fusion_report(fused).fell_back for text in chain.fallbacks]
     assert len(fallbacks) == (reason != ""), fallbacks
     assert all(reason in text for text in fallbacks)
+
+
+class _Operators(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__.partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("order", ["RDM", "RMD", "MRD", "M"])
+def test_a_pooled_chain_is_one_operator_each_way(order: str) -> None:
+    fused, _ = _twins(lambda: _pooled_net(order))
+    x = _image().requires_grad_()
+    with _Operators() as operators:
+        fused(x).sum().backward()
+    assert [name for name in operators.names if "batch_norm" in name] == [
+        "batch_norm_act_pool_fwd",
+        "batch_norm_act_pool_bwd",
+    ]
+    assert not [name for name in operators.names if "max_pool" in name or "relu" in name or "dropout" in name]
 
 
 @pytest.mark.parametrize(
@@ -1070,7 +1096,7 @@ def test_copies(how: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_graph_breaks(training: bool) -> None:
     torch._dynamo.reset()
-    stem = [ConvNormAct(3, 4, act=partial(nn.LeakyReLU, 0.1)), nn.MaxPool2d([2, 3], ceil_mode=True)]
+    stem = [ConvNormAct(3, 4, act=partial(nn.LeakyReLU, 0.1)), nn.MaxPool2d((2, 3), ceil_mode=True)]
     model = fl.fuse(nn.Sequential(*stem, BasicBlock(4, 6), nn.Dropout2d(0.0)).double()).train(training)
     assert [chain.count("→") for chain in _chains(model)] == [2, 1, 3]
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
@@ -1210,17 +1236,23 @@ def test_functional_call_and_data_parallel_replicas() -> None:
 
 def test_torchvision() -> None:
     models = pytest.importorskip("torchvision.models")
-    for name, chains in {"resnet18": 17, "densenet121": 121, "mobilenet_v3_small": 23}.items():
+    for name, chains, first in (
+        ("resnet18", 17, "bn1 → relu → maxpool"),
+        ("densenet121", 121, "features.norm0 → features.relu0 → features.pool0"),
+        ("mobilenet_v3_small", 23, "1 → 2"),
+    ):
         fused, original = _twins(partial(models.get_model, name))
         assert len(_chains(fused)) == chains
+        assert _chains(fused)[0] == first
         _assert_same(fused, original, _image(4, 3, 64, 64), rtol=1e-5, atol=1e-5)
 
 
 def test_timm() -> None:
     timm = pytest.importorskip("timm")
-    for name, chains in {"resnet18": 17, "mobilenetv2_050": 35}.items():
+    for name, chains, first in (("resnet18", 17, "bn1 → act1 → maxpool"), ("mobilenetv2_050", 35, "")):
         fused, original = _twins(partial(timm.create_model, name))
         assert len(_chains(fused)) == chains
+        assert _chains(fused)[0].startswith(first)
         _assert_same(fused, original, _image(4, 3, 64, 64), rtol=1e-5, atol=1e-5)
 
 

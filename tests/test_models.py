@@ -229,23 +229,24 @@ def letters(name: str, layer: nn.Module) -> str:
 def test_what_is_fused(order: str, act: str, drop_mode: Any, layers: str) -> None:
     fused, plain = (
         models.CNN(order, **SMALL_CNN, act=act, drop_mode=drop_mode, layers=kit).features[1]
-        for kit in ("fastlayers", "torch")
+        for kit in (models.fused_layers, models.torch_layers)
     )
     assert [letters(*named) for named in fused.named_children()] == layers.split()
     assert [letters(*named) for named in plain.named_children()] == list(order)
 
 
 @pytest.mark.parametrize("layers", KITS)
-def test_pools_are_those_asked_for(layers: str) -> None:
+def test_pools_are_those_asked_for(layers: Any) -> None:
     model = models.CNN(**SMALL_CNN, pool=(3, 2), pool_stride=(2, 1), pool_padding=(1, 0), layers=layers)
-    pools = [m.pool for m in modules(model, fl.BatchNormAct2d)] or modules(model, nn.MaxPool2d)
+    layer = fl.BatchNormAct2d if layers == "fastlayers" else nn.MaxPool2d
+    pools: list[Any] = [getattr(module, "pool", module) for module in modules(model, layer)]
     expected = nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, 1, 0)
     assert [fl.pooling.resolve(pool, 2) for pool in pools] == [fl.pooling.resolve(pool, 2) for pool in expected]
 
 
 @pytest.mark.parametrize("order", ["CBRDM", "CBRMD", "CBMRD"])
 @pytest.mark.parametrize("layers", KITS)
-def test_state_is_as_before_pools_were_fused(order: str, layers: str) -> None:
+def test_state_is_as_before_pools_were_fused(order: str, layers: Any) -> None:
     norm = [f"norm.{key}" for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
     expected = [f"features.{block}.{key}" for block in (0, 1) for key in ("conv.weight", *norm)]
     assert list(models.CNN(order, **SMALL_CNN, layers=layers).state_dict()) == [*expected, "head.weight", "head.bias"]

@@ -38,7 +38,7 @@ def seconds_between_convolutions(models: Sequence[CNN], images: Tensor, repeats:
 
 def _behind_convolutions(model: CNN, images: Tensor) -> list[tuple[nn.Module, Tensor, Tensor]]:
     """For each block what follows its convolution, an input of that and a gradient of its output."""
-    parts = []
+    parts: list[tuple[nn.Module, Tensor, Tensor]] = []
     for block in model.train().features:
         assert isinstance(block, nn.Sequential)
         conv, *rest = block

@@ -83,8 +83,8 @@ def _draw_parts(axes: Axes, result: Result) -> None:
     names, measured = ("torch", "fastlayers"), (result.torch, result.fused)
     between = [1e3 * m.between_seconds for m in measured]
     rest = [max(0.0, 1e3 * m.median_step - part) for m, part in zip(measured, between, strict=True)]
-    bars = axes.bar(names, between, color=(TORCH_COLOUR, FUSED_COLOUR), label="BatchNorm to max-pool, alone")
+    bars = axes.bar(names, between, color=(TORCH_COLOUR, FUSED_COLOUR), label="BatchNorm to max-pool")
     axes.bar_label(bars, fmt="%.2f", label_type="center", color="white")
-    axes.bar(names, rest, bottom=between, color="lightgrey", label="the rest: convolutions, loss, optimizer")
+    axes.bar(names, rest, bottom=between, color="lightgrey", label="the rest of the step")
     axes.set(title="Where a step's time goes", ylabel="ms")
     axes.set_ylim(0, 1.3 * max(map(sum, zip(between, rest, strict=True))))  # room for the legend

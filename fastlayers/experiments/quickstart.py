@@ -87,11 +87,11 @@ def _run_seed(data: DataSet, settings: Settings, seed: int, progress: Progress) 
     _train(runs, data, settings, seed, progress)
     eager, fused, *moved = runs
     between = seconds_between_convolutions(models[:2], example)
-    measured = [
-        Measured(run, bytes_saved_for_backward(run.model, example), seconds)
-        for run, seconds in zip((eager, fused), between, strict=True)
-    ]
-    return Result(seed, *measured, compare(eager, fused, moved))
+    measured = {
+        name: Measured(run, bytes_saved_for_backward(run.model, example), seconds)
+        for name, run, seconds in zip(("torch", "fused"), (eager, fused), between, strict=True)
+    }
+    return Result(seed, **measured, agreement=compare(eager, fused, moved))
 
 
 def _models(data: DataSet, seed: int) -> list[CNN]:
