@@ -22,6 +22,7 @@ from fastlayers_benchmarks import (
     cases,
     check,
     contenders,
+    goals,
     layers,
     machine,
     memory,
@@ -472,9 +473,10 @@ class TestSteps:
         [
             (steps.build_mlp, (4, 3072)),
             (steps.build_cnn, (2, 3, 32, 32)),
+            (steps.build_cnn_3x3, (2, 3, 32, 32)),
             (steps.build_resnet18, (2, 3, 32, 32)),
         ],
-        ids=["mlp", "cnn", "resnet18"],
+        ids=["mlp", "cnn", "cnn-3x3", "resnet18"],
     )
     def test_both_models_train_alike(
         self, build: Callable[[LayerKit], nn.Module], shape: tuple[int, ...], one_thread: None
@@ -486,8 +488,9 @@ class TestSteps:
             return [module for module in model.modules() if isinstance(module, kind)]
 
         by_name = {case.name: case for case in steps.step_cases()}
-        names = ["mlp", "cnn-contiguous", "cnn-channels_last", "resnet18-contiguous", "resnet18-channels_last"]
-        assert list(by_name) == names
+        models = ("cnn", "cnn-3x3", "resnet18")
+        assert list(by_name) == ["mlp", *(f"{model}-{layout}" for model in models for layout in cases.LAYOUTS)]
+        assert {name for _, name in goals.STEPS} == {name for name in by_name if name.startswith("cnn")}
         torch_kit, fused = (steps.CONTENDERS[name][0] for name in ("eager", "fastlayers"))
         resnet = by_name["resnet18-contiguous"].build(torch_kit)
         # ResNet-18 for CIFAR has 11.17 million parameters.
@@ -502,7 +505,7 @@ class TestSteps:
             without = steps.Step(case, "without", CPU).model
             for layer in [*after_norm, nn.modules.batchnorm._BatchNorm]:
                 assert not modules(without, layer)
-            assert len(modules(case.build(torch_kit), nn.MaxPool2d)) == (2 if case.model == "cnn" else 0)
+            assert len(modules(case.build(torch_kit), nn.MaxPool2d)) == (2 if case.model.startswith("cnn") else 0)
         assert len(steps.step_cases(quick=True)) == 1
 
     def test_stand_in_gives_the_recorded_output_and_hands_gradients_through(self) -> None:
@@ -681,14 +684,19 @@ class TestReport:
             ["forward+backward", "float32", "0.4", "relu", "contiguous"],
             ["eval", "float32", "any", "relu", "channels_last"],
         ]
-        goal = summary.Cell
+        cell_of = summary.Cell
         assert [cell.text for cell in table.rows[0][6:]] == ["2.00", "-", "1.50", "-", "0"]
-        assert list(table.rows[1])[6:10] == [goal("8.33"), goal("4"), goal("6.25"), goal("5")]
-        assert list(table.rows[2])[6:10] == [goal("8.33"), goal("8"), goal("6.25"), goal("6")]
+        assert list(table.rows[1])[6:10] == [cell_of("8.33"), cell_of("4"), cell_of("6.25"), cell_of("5")]
+        assert list(table.rows[2])[6:10] == [cell_of("8.33"), cell_of("8"), cell_of("6.25"), cell_of("6")]
         slower = summary.pooled_means([make_row(POOLED, fused=1.0)], "fastlayers-cpp", "cpu").rows[0]
-        assert list(slower)[6:10] == [goal("2.00"), goal("4", loss=True), goal("1.50"), goal("5", loss=True)]
+        assert list(slower)[6:10] == [
+            cell_of("2.00"),
+            cell_of("4", loss=True),
+            cell_of("1.50"),
+            cell_of("5", loss=True),
+        ]
         on_gpu = summary.pooled_means([make_row(POOLED, fused=1.0)], "fastlayers-cpp", "cuda").rows[0]
-        assert list(on_gpu)[6:10] == [goal("2.00"), goal("3", loss=True), goal("1.50"), goal("1.5")]
+        assert list(on_gpu)[6:10] == [cell_of("2.00"), cell_of("3", loss=True), cell_of("1.50"), cell_of("1.5")]
 
     def test_max_pool_has_tables_of_its_own(self) -> None:
         old = make_row()

@@ -25,8 +25,6 @@ LAYERS = {
     ("cpu", "channels_last"): Goal(4, 5),
     **{("cuda", layout): Goal(3, 1.5) for layout in LAYOUTS},
 }
+_CNN = {"contiguous": Goal(1.7, 1), "channels_last": Goal(1.35, 1)}
 #: By device and the name of a training step.
-STEPS = {
-    ("cpu", "cnn-contiguous"): Goal(1.7, 1),
-    ("cpu", "cnn-channels_last"): Goal(1.35, 1),
-}
+STEPS = {("cpu", f"{model}-{layout}"): goal for model in ("cnn", "cnn-3x3") for layout, goal in _CNN.items()}

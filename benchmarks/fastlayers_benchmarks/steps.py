@@ -109,6 +109,11 @@ def build_cnn(layers: LayerKit) -> nn.Module:
     return CNN(channels=CNN_CHANNELS, layers=layers)
 
 
+def build_cnn_3x3(layers: LayerKit) -> nn.Module:
+    """The same with kernels of 3 pixels instead of 5 and 7: convolutions take less of its steps."""
+    return CNN(channels=CNN_CHANNELS, kernels=3, layers=layers)
+
+
 def build_resnet18(layers: LayerKit) -> nn.Module:
     """ResNet-18 for CIFAR: a stem of one 3x3 convolution, four stages of two blocks with 64 to 512 channels."""
     return res18(layers=layers)
@@ -147,6 +152,7 @@ def step_cases(quick: bool = False) -> list[StepCase]:
     return [
         mlp,
         *(StepCase("cnn", build_cnn, (100, *images), _adam, layout) for layout in LAYOUTS),
+        *(StepCase("cnn-3x3", build_cnn_3x3, (100, *images), _adam, layout) for layout in LAYOUTS),
         *(StepCase("resnet18", build_resnet18, (64, *images), _sgd, layout) for layout in LAYOUTS),
     ]
 
