@@ -169,6 +169,7 @@ void bind_plan(py::module_& m) {
   py::class_<PooledPlan>(m, "PooledPlan")
       .def_readonly("last", &PooledPlan::last)
       .def_readonly("sums", &PooledPlan::sums)
+      .def_property_readonly("workspace_bytes", [](const PooledPlan& plan) { return plan.sums.workspace_bytes; })
       .def("__str__", [](const PooledPlan& plan) { return describe(plan); });
   m.def("path_names", [] {
     std::vector<std::string> names;

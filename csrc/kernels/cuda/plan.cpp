@@ -284,7 +284,6 @@ void finish(PooledPlan& plan, const Request& request, const Device& device) {
   if (request.sums) plan.sums = plan_sums(request, device);
   plan.last.path = request.sums ? plan.sums.path : rows ? Path::rows_pointwise : Path::planes_pointwise;
   plan.last.why = request.sums ? plan.sums.why : kNothingSummed;
-  plan.last.workspace_bytes = plan.sums.workspace_bytes;
 }
 
 }  // namespace
