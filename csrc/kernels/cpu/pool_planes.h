@@ -192,6 +192,7 @@ class PlanesPoolBackward {
     most_inputs_ = smaller(rows_each_ + 2 * margin, height.input) * width.input;
     streaming_ = worth_streaming<T>(args.geometry, args.grad_input, args.grad_input.inner) &&
                  worth_streaming<T>(args.geometry, args.grad_input, rows_each_ * width.input);
+    if (args.training && worth_prefetching<T>(args.geometry) && blocks_ == 1) next_input_ = args.input.outer;
   }
 
   void run() const {
@@ -292,7 +293,9 @@ class PlanesPoolBackward {
       T* to = piece_start<T>(args_.grad_input, piece, c);
       const V mean = splat<V>(run_.mean()), scale = splat<V>(run_.scale());
       const V by_deviation = splat<V>(coefficients.by_deviation), constant = splat<V>(coefficients.constant);
+      const std::int64_t next = of_.next_input_;
       for_each_vector(piece.length, [&](std::int64_t i, auto lanes) {
+        if (next) prefetch(input + i - next);
         const V g = spread ? detail::load_unaligned<S>(spread + i) : V{};
         const V gx =
             args_.training ? input_gradient(g, load(input + i, lanes), mean, scale, by_deviation, constant) : g * scale;
@@ -360,6 +363,7 @@ class PlanesPoolBackward {
   PlaneSplit split_;
   std::int64_t rows_each_, blocks_, most_outputs_, most_inputs_;
   bool streaming_;
+  std::int64_t next_input_ = 0;  // back to what is read after a plane, if that is to be fetched ahead
 };
 
 }  // namespace FASTLAYERS_ISA

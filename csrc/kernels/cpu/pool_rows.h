@@ -389,7 +389,8 @@ class TilePoolBackward {
         row_of_grad_(grad_rows_),
         x_(step_),
         columns_(args.pool.width),
-        terms_(Pool::kMostPositions) {
+        terms_(Pool::kMostPositions),
+        ahead_(args.training && worth_prefetching<T>(args.geometry) ? kAhead : 0) {
     for (std::int64_t i = 0; i < grad_rows_; ++i) row_of_grad_[i] = -1;
   }
 
@@ -421,13 +422,13 @@ class TilePoolBackward {
     const std::int64_t n = row / height.input, h = row % height.input;
     std::int64_t rows = 0;
     RowTerm row_terms[Pool::kMostPositions];
-    for (std::int64_t o = height.windows_end(h) - 1; o >= height.first_window(h); --o) {
+    for (std::int64_t o = height.first_window(h); o < height.windows_end(h); ++o) {
       if ((h - height.start(o)) % height.dilation != 0) continue;
       const std::int64_t of_windows = n * height.output + o;
       row_terms[rows++] = {gradients_of(of_windows), of_windows * width.output,
                            (h - height.start(o)) / height.dilation * width.kernel};
     }
-    for (std::int64_t w = width.input - 1; w >= 0; --w) {
+    for (std::int64_t w = 0; w < width.input; ++w) {
       std::int64_t terms = 0;
       for (std::int64_t r = 0; r < rows; ++r)
         for (const ColumnTaps::Tap* tap = columns_.begin(w); tap < columns_.end(w); ++tap)
@@ -459,6 +460,7 @@ class TilePoolBackward {
     T* to =
         static_cast<T*>(args_.grad_input.data) + at * position_step(args_.geometry, args_.grad_input) + tile_.channel;
     for_each_vector(tile_.channels, [&](std::int64_t i, auto lanes) {
+      if (ahead_) prefetch(input + i + ahead_);
       V g{};
       for (std::int64_t k = 0; k < terms; ++k) {
         const Term& term = terms_[k];
@@ -499,6 +501,8 @@ class TilePoolBackward {
     });
   }
 
+  static constexpr std::int64_t kAhead = 8 * 1024 / sizeof(T);
+
   const PoolBackwardArgs& args_;
   const Tile tile_;
   const ImageRows windows_;
@@ -509,6 +513,7 @@ class TilePoolBackward {
   Scratch<S> x_;
   ColumnTaps columns_;
   Scratch<Term> terms_;
+  std::int64_t ahead_;
 };
 
 template <class T>
@@ -540,7 +545,7 @@ class RowsPoolBackward {
     } else {
       sums_of_tiles(coefficients.data());
     }
-    each_tile(args_, split_, Walk::reverse, [&](std::int64_t, const Tile& t) {
+    each_tile(args_, split_, Walk::forward, [&](std::int64_t, const Tile& t) {
       TilePoolBackward<T> tile(args_, shares_.outputs(t), t);
       write(tile, t, coefficients.data());
     });
@@ -575,7 +580,7 @@ class RowsPoolBackward {
       constant.values[c] = static_cast<S>(coefficients[t.channel + c].constant);
     }
     const ImageRows rows = shares_.inputs(t);
-    for (std::int64_t row = rows.end - 1; row >= rows.begin; --row) tile.write(row, by_deviation, constant, streaming_);
+    for (std::int64_t row = rows.begin; row < rows.end; ++row) tile.write(row, by_deviation, constant, streaming_);
   }
 
   const PoolBackwardArgs& args_;
