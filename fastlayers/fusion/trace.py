@@ -373,7 +373,7 @@ class _Watch:
         self.containers: list[tuple[Any, Any]] = []
         self.violation: str | None = None
         self.draws = False  # this thread or another
-        self.call_of_c: tuple[types.FrameType, Any] | None = None  # that has not returned, and by whom
+        self.calls_of_c: dict[types.FrameType, Any] = {}  # that have not returned, by the code that they are in
 
     @property
     def hooks(self) -> Methods:
@@ -401,7 +401,7 @@ class _Watch:
             sys.setprofile(None if isinstance(profile, _lsprof.Profiler) else profile)
             if isinstance(profile, _lsprof.Profiler):
                 profile.enable()
-            self.call_of_c = None
+            self.calls_of_c.clear()
             self._restore_containers()
         self.draws = _random_states() != states
         if self.draws:
@@ -461,15 +461,17 @@ class _Watch:
 
         Those of torch go on to read from the tensor that they were told to have; some versions (2.15) then crash.
         """
-        if dis.opname[frame.f_code.co_code[frame.f_lasti]] in _ASKS_FOR_A_TYPE:
+        if _operation(frame) in _ASKS_FOR_A_TYPE:
             return True
-        if self.call_of_c is None or self.call_of_c[0] is not frame:
+        if frame not in self.calls_of_c:
             self.refuse("gives what depends on its inputs to C, which asks for its type")
-        return getattr(self.call_of_c[1], "__module__", None) in _ASK_FOR_A_TYPE
+        return getattr(self.calls_of_c[frame], "__module__", None) in _ASK_FOR_A_TYPE
 
     def _audit(self, frame: types.FrameType, event: str, function: Any) -> None:
-        if event.startswith("c_"):
-            self.call_of_c = (frame, function) if event == "c_call" else None
+        if event == "c_call":
+            self.calls_of_c[frame] = function
+        elif event.startswith("c_"):
+            self.calls_of_c.pop(frame, None)
         caller = frame.f_back if event == "call" else frame
         if self.violation is not None or caller is None or _module_name(caller).startswith("torch.fx"):
             return
@@ -507,6 +509,14 @@ def _module_name(frame: types.FrameType) -> str:
 def _is_library(frame: types.FrameType) -> bool:
     name = _module_name(frame)
     return name == "torch" or name.startswith(("torch.", "fastlayers.fusion"))
+
+
+def _operation(frame: types.FrameType) -> str:
+    """The name of what Python does in the frame at the moment."""
+    code, index = frame.f_code.co_code, frame.f_lasti
+    while dis.opname[code[index]] == "CACHE":  # behind an operation are entries of its own
+        index -= 2
+    return dis.opname[code[index]]
 
 
 def _writes_outside(code: types.CodeType) -> bool:
