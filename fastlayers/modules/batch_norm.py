@@ -56,8 +56,8 @@ class _FusedBatchNorm(NotScriptable, nn.modules.batchnorm._BatchNorm):
 
     @eps.setter
     def eps(self, value: float) -> None:
-        # Under another name: torch.compile of torch 2.11 takes __dict__["eps"] for a call of the property.
-        self._eps = value
+        # Twice: torch.compile of torch 2.11 takes __dict__["eps"] for a call of the property, and extra_repr reads it.
+        self.__dict__["eps"] = self._eps = value
 
     def _fused_with(self) -> tuple[str, ...]:
         """What this layer does besides normalising, in words."""
