@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import fastlayers as fl
-from fastlayers import writing
 from tests.emulated import Emulation
 
 CAPABILITIES = ("avx512", "avx2", "baseline")
@@ -187,6 +186,6 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                     os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(writing.os, "fsync", sync)
+        monkeypatch.setattr(os, "fsync", sync)
 
     return fill

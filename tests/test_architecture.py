@@ -12,7 +12,7 @@ PACKAGE = Path(fastlayers.__file__).parent
 
 # From the bottom up. What stands together does not import one another.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_library", "activations", "collectives", "dtypes", "pooling"),
+    ("_library", "activations", "collectives", "dtypes", "pooling", "writing"),
     ("fakes",),
     ("ops",),
     ("masks", "plans"),

@@ -65,10 +65,12 @@ def test_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
 def test_many_writers_and_a_reader(tmp_path: Path) -> None:
     path, contents = tmp_path / "file", [bytes([number]) * 300_000 for number in range(4)]
     write_whole(path, contents[0])
-    writers = [
-        threading.Thread(target=lambda content=content: [write_whole(path, content) for _ in range(15)])
-        for content in contents
-    ]
+
+    def write(content: bytes) -> None:
+        for _ in range(15):
+            write_whole(path, content)
+
+    writers = [threading.Thread(target=write, args=(content,)) for content in contents]
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):

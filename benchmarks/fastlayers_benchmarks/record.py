@@ -228,8 +228,8 @@ def _typed(kind: Any, content: Any, where: str) -> Any:
         return content
     if isinstance(kind, types.UnionType):  # T | None
         return None if content is None else _typed(typing.get_args(kind)[0], content, where)
-    outer = typing.get_origin(kind) or kind
-    expected = dict if dataclasses.is_dataclass(outer) else (int, float) if outer is float else outer
+    outer: Any = typing.get_origin(kind) or kind
+    expected: Any = dict if dataclasses.is_dataclass(outer) else (int, float) if outer is float else outer
     if not isinstance(content, expected) or isinstance(content, bool):
         raise RecordError(f"{where or 'the file'}: expected {getattr(kind, '__name__', kind)}, found {content!r:.40}")
     if dataclasses.is_dataclass(outer):
@@ -237,7 +237,7 @@ def _typed(kind: Any, content: Any, where: str) -> Any:
         unknown = content.keys() - hints.keys()
         if unknown:
             raise RecordError(f"{where or 'the file'}: unknown: {', '.join(sorted(unknown))}")
-        return outer(**{name: _typed(hints[name], value, f"{where}.{name}") for name, value in content.items()})
+        return kind(**{name: _typed(hints[name], value, f"{where}.{name}") for name, value in content.items()})
     if outer is list:
         (of,) = typing.get_args(kind)
         return [_typed(of, value, f"{where}[{i}]") for i, value in enumerate(content)]

@@ -9,7 +9,7 @@ import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from fastlayers.data.files import DataError, FileCheck, read_checked
 
@@ -42,7 +42,7 @@ def unpack(archive: Path, prefix: str, folder: Path, files: Mapping[str, FileChe
 class _Limited(io.RawIOBase):
     """A stream that ends with DataError where it is longer than it may be, so that nobody waits for a bomb."""
 
-    def __init__(self, stream: IO[bytes], most: int, archive: Path) -> None:
+    def __init__(self, stream: gzip.GzipFile, most: int, archive: Path) -> None:
         self.stream, self.left, self.most, self.archive = stream, most, most, archive
 
     def readable(self) -> bool:
@@ -59,7 +59,14 @@ class _Limited(io.RawIOBase):
 def _extract(archive: Path, prefix: str, files: Mapping[str, FileCheck], target: Path) -> None:
     wanted = {f"{prefix}/{name}": check for name, check in files.items()}
     most = _ROOM + 2 * sum(check.size for check in files.values())
-    with gzip.open(archive) as unpacked, tarfile.open(fileobj=_Limited(unpacked, most, archive), mode="r|") as tar:
+    with gzip.open(archive) as unpacked:
+        # A stream is read and nothing else.
+        limited = cast(IO[bytes], _Limited(unpacked, most, archive))
+        _extract_from(limited, archive, wanted, target)
+
+
+def _extract_from(stream: IO[bytes], archive: Path, wanted: dict[str, FileCheck], target: Path) -> None:
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
             expected = wanted.pop(member.name, None)
             if expected is None:

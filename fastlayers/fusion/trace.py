@@ -23,7 +23,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -96,6 +96,10 @@ _CONTAINERS = (list, dict, set)
 # What every module has; the hooks among it are looked at when the graph runs.
 _BASE_ATTRIBUTES = frozenset(nn.Module().__dict__) - {"training"}
 
+# Operations of Python, and modules whose functions in C, ask for a type in the name of the code that they are in.
+_ASKS_FOR_A_TYPE = ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS")
+_ASK_FOR_A_TYPE = ("builtins", "_abc")
+
 # Frames of these modules and calls of these functions have effects that a graph does not show.
 _SILENT_MODULES = {
     "torch.autograd.grad_mode": "switches gradients",
@@ -161,8 +165,31 @@ def _no_compilation() -> AbstractContextManager[object]:
 
 
 @contextmanager
+def _no_functions_of_autograd(watch: _Watch, here: _Here) -> Iterator[None]:
+    """Refuses calls of an autograd.Function where `here`: some versions of torch (2.15) crash when given proxies."""
+    function = torch.autograd.Function
+    before = function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if here:
+            watch.refuse("calls an autograd.Function")
+        return before.__get__(None, cls)(*args, **kwargs)
+
+    try:
+        setattr(function, "apply", classmethod(apply))  # noqa: B010
+        yield
+    finally:
+        here.thread = None
+        setattr(function, "apply", before)  # noqa: B010
+
+
+@contextmanager
 def _said_to_trace(here: _Here) -> Iterator[None]:
     """Tells torch.compile, which refuses to be traced, that torch.fx traces; in other threads it may run."""
+    if hasattr(fx_trace, "_is_fx_tracing_context"):  # from torch 2.15 on, of each thread its own
+        with fx_trace._is_fx_tracing_context(True):
+            yield
+        return
     before = fx_trace._is_fx_tracing_flag
     try:
         # A bool to the checker; it is asked for its truth only.
@@ -178,9 +205,10 @@ class _Proxy(fx.Proxy):
     # To the checker __class__ is settable, and always the class itself; here it is what the traced code is told.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        if _is_library(sys._getframe(1)):
+        frame = sys._getframe(1)
+        # The tracer of these proxies is ours, which has these.
+        if _is_library(frame) or not self.tracer.watch.is_asked_by(frame):  # type: ignore[attr-defined]
             return _Proxy
-        # The tracer of these proxies is ours, which has the method.
         return self.tracer.type_of(self.node)  # type: ignore[attr-defined, no-any-return]
 
 
@@ -247,7 +275,11 @@ class _Tracer(fx.Tracer):
             fx_trace._patch_wrapped_functions(patcher)
             for names in (forward.__globals__, *(module.__dict__ for module in self._autowrap_search)):
                 fx_trace._autowrap_check(patcher, names, self._autowrap_function_ids)
-            with self.watch.active(), _methods_of_modules(hooks, here):
+            with (
+                self.watch.active(),
+                _no_functions_of_autograd(self.watch, here),
+                _methods_of_modules(hooks, here),
+            ):
                 yield
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -328,8 +360,12 @@ class _Tracer(fx.Tracer):
 class _NoRealTensors(TorchDispatchMode):
     """Refuses to compute: a result on real tensors would be a constant of the graph, or decide what is in it."""
 
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise TraceError(f"it calls {func} on tensors that do not depend on its inputs")
+        self.watch.refuse(f"calls {func} on tensors that do not depend on its inputs")
 
 
 class _Watch:
@@ -343,6 +379,7 @@ class _Watch:
         self.containers: list[tuple[Any, Any]] = []
         self.violation: str | None = None
         self.draws = False  # this thread or another
+        self.calls_of_c: dict[types.FrameType, Any] = {}  # that have not returned, by the code that they are in
 
     @property
     def hooks(self) -> Methods:
@@ -364,18 +401,24 @@ class _Watch:
             if isinstance(profile, _lsprof.Profiler):  # cProfile's, which sys.setprofile cannot put back
                 profile.disable()
             sys.setprofile(self._audit)
-            with _NoRealTensors():
+            with _NoRealTensors(self):
                 yield
         finally:
             sys.setprofile(None if isinstance(profile, _lsprof.Profiler) else profile)
             if isinstance(profile, _lsprof.Profiler):
                 profile.enable()
+            self.calls_of_c.clear()
             self._restore_containers()
         self.draws = _random_states() != states
         if self.draws:
             self.violation = self.violation or "it draws random numbers of Python or NumPy"
         if self.violation is not None:
             raise TraceError(self.violation)
+
+    def refuse(self, effect: str) -> NoReturn:
+        """Ends the tracing for the first effect that was seen: what follows, a checkpoint's say, may be torch's own."""
+        self.violation = self.violation or f"it {effect}"
+        raise TraceError(self.violation)
 
     def guards(self) -> tuple[Guard, ...]:
         found = [
@@ -419,7 +462,22 @@ class _Watch:
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(snapshot)
 
+    def is_asked_by(self, frame: types.FrameType) -> bool:
+        """Whether the code of `frame` asks for a type, not a function in C that it calls.
+
+        Those of torch go on to read from the tensor that they were told to have; some versions (2.15) then crash.
+        """
+        if _operation(frame) in _ASKS_FOR_A_TYPE:
+            return True
+        if frame not in self.calls_of_c:
+            self.refuse("gives what depends on its inputs to C, which asks for its type")
+        return getattr(self.calls_of_c[frame], "__module__", None) in _ASK_FOR_A_TYPE
+
     def _audit(self, frame: types.FrameType, event: str, function: Any) -> None:
+        if event == "c_call":
+            self.calls_of_c[frame] = function
+        elif event.startswith("c_"):
+            self.calls_of_c.pop(frame, None)
         caller = frame.f_back if event == "call" else frame
         if self.violation is not None or caller is None or _module_name(caller).startswith("torch.fx"):
             return
@@ -457,6 +515,14 @@ def _module_name(frame: types.FrameType) -> str:
 def _is_library(frame: types.FrameType) -> bool:
     name = _module_name(frame)
     return name == "torch" or name.startswith(("torch.", "fastlayers.fusion"))
+
+
+def _operation(frame: types.FrameType) -> str:
+    """The name of what Python does in the frame at the moment."""
+    code, index = frame.f_code.co_code, frame.f_lasti
+    while dis.opname[code[index]] == "CACHE":  # behind an operation are entries of its own
+        index -= 2
+    return dis.opname[code[index]]
 
 
 def _writes_outside(code: types.CodeType) -> bool:
