@@ -40,33 +40,6 @@ struct ChannelBlocks {
   std::int64_t end(std::int64_t block) const { return smaller((block + 1) * each, channels); }
 };
 
-// Where the elements of a window are, from its first element on, whether that exists or not.
-class WindowOffsets {
- public:
-  explicit WindowOffsets(const Pool& pool) : pool_(pool), offsets_(Pool::kMostPositions) {
-    for (std::int64_t i = 0; i < Pool::kMostPositions; ++i) {
-      const std::int64_t row = i / pool.width.kernel, column = i % pool.width.kernel;
-      offsets_[i] = row * pool.height.dilation * pool.width.input + column * pool.width.dilation;
-    }
-  }
-
-  // Calls f(i, at): window i of these rows of the output has element `at`, counted from row `first` of the plane, as
-  // the given number.
-  template <class Number, class F>
-  FL_INLINE void each(PlaneRows output, std::int64_t first, const Number* numbers, F&& f) const {
-    const PoolAxis &height = pool_.height, &width = pool_.width;
-    std::int64_t i = 0;
-    for (std::int64_t o = output.begin; o < output.end; ++o) {
-      std::int64_t at = (height.start(o) - first) * width.input - width.padding;
-      for (std::int64_t k = 0; k < width.output; ++k, ++i, at += width.stride) f(i, at + offsets_[numbers[i]]);
-    }
-  }
-
- private:
-  const Pool& pool_;
-  Scratch<std::int64_t> offsets_;
-};
-
 template <class T>
 class PlanesPoolForward {
   using S = Compute<T>;
@@ -209,7 +182,7 @@ class PlanesPoolForward {
       } else {
         const std::int64_t count = input.count() * width;
         load_run(x, count, keys_.data());
-        activation_values(args_.activation, run_of(c).affine(), keys_.data(), count, keys_.data());
+        activation_values(args_.activation, run_of(c).affine(), Runs{count}, keys_.data(), keys_.data());
         pooler_.fill(keys_.data(), input.count(), S{1});
       }
       pooler_.pool(to.rows, input, ahead_);
@@ -234,7 +207,7 @@ class PlanesPoolForward {
       }
       S* const x = pooler_.keys();
       load_run(found_ + to.at, to.count, x);
-      activation_values(args_.activation, run_of(c).affine(), x, to.count, x);
+      activation_values(args_.activation, run_of(c).affine(), Runs{to.count}, x, x);
       const V scale = splat<V>(args_.keep.scale);
       for_each_vector(to.count, [&](std::int64_t i, auto lanes) {
         store(output + i, detail::load_unaligned<S>(x + i) * scale, lanes);
@@ -271,7 +244,8 @@ class PlanesPoolForward {
         for (std::int64_t i = 0; i < to.count; i += kLanes)
           detail::store_unaligned<S>(keys + i, detail::load_unaligned<S>(keys + i) * sign);
       } else {
-        offsets_.each(to.rows, first, pooler_.numbers(),
+        FetchAhead nothing;
+        offsets_.each(to.rows, first, pooler_.numbers(), nothing,
                       [&](std::int64_t i, std::int64_t at) { keys[i] = load_one(x + at); });
       }
     }
@@ -313,10 +287,11 @@ class PlanesPoolBackward {
     if (rows_each_ < margin + 1) rows_each_ = margin + 1;
     rows_each_ = smaller(rows_each_, height.input);
     blocks_ = (height.input + rows_each_ - 1) / rows_each_;
-    most_outputs_ = smaller((rows_each_ + margin) / height.stride + 1, height.output) * width.output;
-    most_inputs_ = smaller(rows_each_ + 2 * margin, height.input) * width.input;
+    most_outputs_ = smaller((rows_each_ + margin) / height.stride + 1, height.output);
+    most_inputs_ = smaller(rows_each_ + 2 * margin, height.input);
     streaming_ = worth_streaming<T>(args.geometry, args.grad_input, args.grad_input.inner) &&
                  worth_streaming<T>(args.geometry, args.grad_input, rows_each_ * width.input);
+    prefetching_ = args.training && worth_prefetching<T>(args.geometry);
   }
 
   void run() const {
@@ -350,8 +325,14 @@ class PlanesPoolBackward {
   }
 
  private:
+  // Windows whose gradients are summed in float before they are carried over to double.
+  static constexpr std::int64_t kRun = kFloatAdditions * kLanes;
+
   // Windows whose gradients are in scratch memory at a time.
-  static constexpr std::int64_t kRun = 1024;
+  std::int64_t most_windows() const {
+    const std::int64_t written = most_outputs_ * args_.pool.width.output;
+    return kRun > written ? kRun : written;
+  }
 
   class Worker;
 
@@ -398,9 +379,9 @@ class PlanesPoolBackward {
         : of_(of),
           args_(of.args_),
           offsets_(of.args_.pool),
-          x_((kRun > of.most_outputs_ ? kRun : of.most_outputs_) + kLanes),
-          grad_((kRun > of.most_outputs_ ? kRun : of.most_outputs_) + kLanes),
-          spread_(of.most_inputs_ + kLanes) {}
+          x_(of.most_windows() + kLanes),
+          grad_(of.most_windows() + kLanes),
+          spread_(of.most_inputs_ * of.args_.pool.width.input + kLanes) {}
 
     void set_channels(std::int64_t begin, std::int64_t end) {
       first_channel_ = begin;
@@ -410,18 +391,21 @@ class PlanesPoolBackward {
     // Those of windows [begin, end) of a plane.
     GradientSums sums(std::int64_t n, std::int64_t c, std::int64_t begin, std::int64_t end) {
       if (dropped(n, c)) return {};
-      Vec<double> grad{}, grad_deviation{};
+      Vec<double> total{}, total_deviation{};
       for (std::int64_t from = begin; from < end; from += kRun) {
         const std::int64_t count = smaller(kRun, end - from);
         find_gradients(n, c, from, count);
+        V of_run{}, deviation_of_run{};
+        const S mean = run_of(c).mean();
         for_each_vector(count, [&](std::int64_t i, auto lanes) {
           const V g = covered<S>(detail::load_unaligned<S>(grad_.data() + i), lanes);
-          const V x = covered<S>(detail::load_unaligned<S>(x_.data() + i), lanes);
-          grad += convert<Vec<double>>(g);
-          grad_deviation += convert<Vec<double>>(g) * convert<Vec<double>>(x - run_of(c).mean());
+          of_run += g;
+          deviation_of_run += g * (detail::load_unaligned<S>(x_.data() + i) - mean);
         });
+        total += convert<Vec<double>>(of_run);
+        total_deviation += convert<Vec<double>>(deviation_of_run);
       }
-      return {sum_of_lanes<double>(grad), sum_of_lanes<double>(grad_deviation)};
+      return {sum_of_lanes<double>(total), sum_of_lanes<double>(total_deviation)};
     }
 
     // Writes a block of a plane's input gradient.
@@ -462,27 +446,29 @@ class PlanesPoolBackward {
       for_each_vector(count, [&](std::int64_t i, auto lanes) {
         detail::store_unaligned<S>(grad_.data() + i, load(grad_output + i, lanes) * keep_scale);
       });
-      activation_gradients(args_.activation, run_of(c).affine(), x_.data(), count, grad_.data());
+      activation_gradients(args_.activation, run_of(c).affine(), Runs{count}, x_.data(), grad_.data());
     }
 
-    // Returns the gradients of rows of the input, before the normalisation.
+    // Returns the gradients of rows of the input, before the normalisation. Meanwhile these rows are fetched.
     const S* spread_gradients(std::int64_t n, std::int64_t c, PlaneRows rows) {
-      const PlaneRows output = covering_rows(args_.pool.height, rows);
+      const Pool& pool = args_.pool;
+      const PlaneRows output = covering_rows(pool.height, rows);
+      const std::int64_t width = pool.width.input, first = output.begin * pool.width.output;
+      FetchAhead ahead;
+      if (of_.prefetching_ && output.count() > 0)
+        ahead = FetchAhead(piece_start<T>(args_.input, Piece{n, rows.begin * width, 0}, c),
+                           rows.count() * width * std::int64_t{sizeof(T)}, 1, 0, output.count());
       PlaneRows touched = rows;
       if (output.count() > 0) {
-        const PlaneRows of_windows = window_rows(args_.pool.height, output);
+        find_gradients(n, c, first, output.count() * pool.width.output);
+        const PlaneRows of_windows = window_rows(pool.height, output);
         touched = {smaller(rows.begin, of_windows.begin), of_windows.end > rows.end ? of_windows.end : rows.end};
       }
-      const std::int64_t width = args_.pool.width.input, outputs = args_.pool.width.output;
       S* const spread = spread_.data();
       for (std::int64_t i = 0; i < touched.count() * width; i += kLanes) detail::store_unaligned<S>(spread + i, V{});
-      if (output.count() > 0) {
-        const std::int64_t first = output.begin * outputs;
-        find_gradients(n, c, first, output.count() * outputs);
-        const S* const grad = grad_.data();
-        offsets_.each(output, touched.begin, args_.positions + at(n, c, first),
-                      [&](std::int64_t i, std::int64_t to) { spread[to] += grad[i]; });
-      }
+      const S* const grad = grad_.data();
+      offsets_.each(output, touched.begin, args_.positions + at(n, c, first), ahead,
+                    [&](std::int64_t i, std::int64_t to) { spread[to] += grad[i]; });
       return spread + (rows.begin - touched.begin) * width;
     }
 
@@ -497,7 +483,7 @@ class PlanesPoolBackward {
   const PoolBackwardArgs& args_;
   PlaneSplit split_;
   std::int64_t rows_each_, blocks_, most_outputs_, most_inputs_;
-  bool streaming_;
+  bool streaming_, prefetching_;
 };
 
 }  // namespace FASTLAYERS_ISA

@@ -7,35 +7,12 @@
 // cache.
 #pragma once
 
-#include "../common/pooling.h"
 #include "choices.h"
 #include "pool.h"
-#include "scratch.h"
+#include "pool_geometry.h"
 
 namespace fastlayers {
 inline namespace FASTLAYERS_ISA {
-
-FL_INLINE std::int64_t rounded_up(std::int64_t n, std::int64_t to) {
-  return (n + to - 1) / to * to;
-}
-
-// Rows [begin, end) of a plane.
-struct PlaneRows {
-  std::int64_t begin, end;
-  FL_INLINE std::int64_t count() const { return end - begin; }
-};
-
-// Rows of the input among which are all that windows in rows of the output have.
-FL_INLINE PlaneRows window_rows(const PoolAxis& height, PlaneRows output) {
-  const std::int64_t begin = height.start(output.begin);
-  const std::int64_t end = height.start(output.end - 1) + (height.kernel - 1) * height.dilation + 1;
-  return {begin > 0 ? begin : 0, end < height.input ? end : height.input};
-}
-// The rows of the output whose windows can have elements in rows of the input; there may be none.
-FL_INLINE PlaneRows covering_rows(const PoolAxis& height, PlaneRows input) {
-  const std::int64_t first = height.first_window(input.begin), end = height.windows_end(input.end - 1);
-  return {first, end > first ? end : first};
-}
 
 template <class S>
 class PlaneWindows {
