@@ -154,7 +154,7 @@ def resolve(pool: PoolLayer, dims: int, name: str = "pool") -> Pool | None:
         resolved = pool
     elif isinstance(pool, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) and type(pool) in _MODULES:
         if pool.return_indices:
-            raise ValueError(f"{name}: {pool!r} returns indices, which a fused layer does not; allowed: without")
+            raise ValueError(f"{name}: {pool} has return_indices=True; a fused layer returns none; allowed: False")
         resolved = _pool(_MODULES[type(pool)], {key: getattr(pool, key) for key in KEYWORDS}, name)
     elif isinstance(pool, Mapping):
         resolved = _pool(dims, pool, name)
