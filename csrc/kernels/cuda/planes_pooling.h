@@ -85,7 +85,7 @@ __device__ __forceinline__ void pool_strips(const PooledForwardArgs& args, const
 // Forward in one kernel: each channel has one block, or the blocks of a cluster, each of which keeps its planes in
 // shared memory from the sums to the pooling.
 template <class T, int kTile, Activations kWhich>
-__global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(false))
+__global__ void __launch_bounds__(max_threads(sizeof(T)), pool_blocks(sizeof(T)))
     planes_pool_forward_on_chip(const PooledForwardArgs args, const PlanesWalk walk, const PlanesPoolWalk pooling) {
   using S = Compute<T>;
   using Shared = PlanesShared<ChannelAffine<S>>;
@@ -115,8 +115,9 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(false))
 // The second of two kernels, behind planes_forward_sums, or the only one in evaluation mode. Begins where the first
 // ended. Windows that overlap read from the first-level cache what they have in common.
 template <class T, Activations kWhich>
-__global__ void __launch_bounds__(kPoolThreads) planes_pool_forward(const PooledForwardArgs args, const PlanesWalk walk,
-                                                                    const PlanesPoolWalk pooling, const Pair* partial) {
+__global__ void __launch_bounds__(kPoolThreads, pool_blocks(sizeof(T)))
+    planes_pool_forward(const PooledForwardArgs args, const PlanesWalk walk, const PlanesPoolWalk pooling,
+                        const Pair* partial) {
   using Shared = PlanesShared<ChannelAffine<Compute<T>>>;
   Shared& shared = Shared::here();
   const std::uint32_t block = gridDim.x - 1 - blockIdx.x, splits = static_cast<std::uint32_t>(walk.splits);
