@@ -150,7 +150,8 @@ def observer() -> str | None:
     `torch.compile` is none: it takes our operators as they are, and their gradients from `autograd`.
     """
     compiling = torch.compiler.is_compiling()
-    if compiling and torch.compiler.is_exporting():
+    # Not is_exporting(): torch.compile of torch 2.11 takes it for true wherever it compiles.
+    if compiling and torch.compiler._is_exporting_flag:
         return EXPORT
     if _are_functorch_transforms_active():
         return "the transforms of torch.func"
@@ -182,9 +183,11 @@ def prefers_torch(input: Tensor, drop_p: float = 0.0) -> bool:
     if drop_p and not (size <= TINY and 0.0 < drop_p < 1.0 and masks.is_plain(input)):
         return False
     if input.is_contiguous():
-        return size <= SMALL_PLANES or input.dim() == 2
-    # Other layouts torch would not keep.
-    return input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        small = size <= SMALL_PLANES or input.dim() == 2
+    else:  # other layouts torch would not keep
+        small = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+    # Where channels are adjacent, torch adds up in an order that depends on the number of threads.
+    return small and not torch.are_deterministic_algorithms_enabled()
 
 
 def explain() -> list[Choice]:
@@ -222,7 +225,7 @@ def _choice(device: str) -> tuple[str, str]:
     if chosen == "cpp":
         small = (
             f"call torch's own up to {SMALL_PLANES} elements, {SMALL_ROWS} with channels last, "
-            f"{TINY} with dropout or compiled"
+            f"{TINY} with dropout or compiled, unless torch.use_deterministic_algorithms is on"
         )
         reasons.append(f"layers {small}")
     return chosen, "; ".join([f"{'Triton' if chosen == 'triton' else 'compiled'} kernels", *reasons])

@@ -107,7 +107,7 @@ def eager(sample: Sample) -> Tensor:
     y = y if sample.mask is None else y * _noise(sample, y)
     if sample.taken is not None:
         return take(y, sample.taken)
-    return y if case.pool is None else case.pool_layer(y)  # type: ignore[no-any-return]
+    return y if case.pool is None else case.pool_layer(y)
 
 
 def _noise(sample: Sample, y: Tensor) -> Tensor:

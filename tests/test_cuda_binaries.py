@@ -52,17 +52,30 @@ def _dump(folder: Path, what: str, path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def kernels() -> list[Kernel]:
-    """Those of the objects that were compiled for ARCH; compiles them unless they are up to date."""
+def objects() -> dict[str, list[Kernel]]:
+    """The kernels of the objects that were compiled for ARCH, by source; compiles them unless they are up to date."""
     info = fl.ops.build_info()
     if not info["cuda"]:
         pytest.skip(f"no CUDA kernels were compiled: {info['why_no_cuda']}")
     if ARCH not in info["cuda"]:
         pytest.skip(f"compiled for {', '.join(info['cuda'])}, not for {ARCH}")
     tools = _folder_of_cuobjdump()
-    objects = list(cmake_call.build("fastlayers_cuda").glob("CMakeFiles/fastlayers_cuda*.dir/**/*.cu.o"))
-    assert len(objects) == 5  # one for each storage type, and what they have in common
-    return [kernel for path in objects for kernel in _kernels_of(tools, path)]
+    found = defaultdict(list)
+    for path in cmake_call.build("fastlayers_cuda").glob("CMakeFiles/fastlayers_cuda*.dir/**/*.cu.o"):
+        found[path.name.removesuffix(".cu.o")].append(_kernels_of(tools, path))
+    # One for each storage type, and what they have in common.
+    assert {source: len(each) for source, each in found.items()} == {
+        "dispatch": 1,
+        "storage_kernels": 4,
+        "storage_pooling": 4,
+    }
+    return {source: [kernel for kernels in each for kernel in kernels] for source, each in found.items()}
+
+
+@pytest.fixture(scope="module")
+def kernels(objects: dict[str, list[Kernel]]) -> list[Kernel]:
+    """Those that do not pool."""
+    return objects["dispatch"] + objects["storage_kernels"]
 
 
 def _kernels_of(tools: Path, path: Path) -> list[Kernel]:
@@ -93,11 +106,21 @@ def test_all_kernels_are_there(kernels: list[Kernel]) -> None:
         assert f"planes_forward_on_chip<{storage}," in names
 
 
-def test_nothing_is_in_local_memory(kernels: list[Kernel]) -> None:
+def test_kernels_that_pool_are_there(objects: dict[str, list[Kernel]]) -> None:
+    names = " ".join(kernel.name for kernel in objects["storage_pooling"])
+    for layout in ("planes", "rows"):
+        for direction in ("forward", "backward"):
+            assert f"{layout}_pool_{direction}" in names
+    for storage in ("float", "double", "fastlayers::bf16", "fastlayers::f16"):
+        assert f"planes_pool_forward<{storage}," in names
+
+
+def test_nothing_is_in_local_memory(objects: dict[str, list[Kernel]]) -> None:
     def is_local(access: str) -> bool:
         return access.startswith(("LDL", "STL"))
 
-    assert [k for k in kernels if k.stack or k.local or any(map(is_local, k.accesses))] == []
+    every = [kernel for kernels in objects.values() for kernel in kernels]
+    assert [k for k in every if k.stack or k.local or any(map(is_local, k.accesses))] == []
 
 
 def _streams(kernel: Kernel) -> bool:

@@ -170,7 +170,8 @@ def test_equal_values_in_a_window(
     weight = torch.tensor(_SLOPES, dtype=torch.float64).repeat(5).requires_grad_()
     bias = torch.linspace(-1, 1, 20, dtype=torch.float64).requires_grad_()
     statistics = torch.zeros(20, dtype=torch.float64), torch.full((20,), 0.7, dtype=torch.float64)
-    z = F.batch_norm(x, *(s.clone() for s in statistics), weight, bias, training)
+    mean, var = (s.clone() for s in statistics)
+    z = F.batch_norm(x, mean, var, weight, bias, training)
     expected = pool(ACTIVATIONS[act](z))
     with fl.use_backend(backend):
         got = fl.functional.batch_norm_act(x, *statistics, weight, bias, training, act=ACTIVATIONS[act], pool=pool)

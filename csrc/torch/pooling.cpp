@@ -40,14 +40,13 @@ std::vector<std::int64_t> pooled_sizes(const Pool& pool, const Tensor& input) {
 
 }  // namespace
 
-Pool pool_of(const std::vector<std::int64_t>& window, bool ceil_mode, const Tensor& input) {
-  STD_TORCH_CHECK(input.dim() == 3 || input.dim() == 4, "input should be (N, C, L) or (N, C, H, W), not of ",
-                  input.dim(), " dimensions");
+Pool pool_of(const std::vector<std::int64_t>& window, bool ceil_mode, const std::vector<std::int64_t>& sizes) {
+  STD_TORCH_CHECK(sizes.size() == 3 || sizes.size() == 4, "input should be (N, C, L) or (N, C, H, W), not of ",
+                  sizes.size(), " dimensions");
   STD_TORCH_CHECK(window.size() == kWindowNumbers, "window should have ", kWindowNumbers, " numbers, not ",
                   window.size());
-  const bool flat = input.dim() == 3;
-  const Pool pool{axis_of(window, 0, flat ? 1 : input.size(2), ceil_mode),
-                  axis_of(window, 1, input.size(input.dim() - 1), ceil_mode)};
+  const bool flat = sizes.size() == 3;
+  const Pool pool{axis_of(window, 0, flat ? 1 : sizes[2], ceil_mode), axis_of(window, 1, sizes.back(), ceil_mode)};
   STD_TORCH_CHECK(!flat || (pool.height.kernel == 1 && pool.height.padding == 0),
                   "window should have height 1 for an input of 3 dimensions, not ", pool.height.kernel);
   STD_TORCH_CHECK(pool.positions() <= Pool::kMostPositions, "window should have at most ", Pool::kMostPositions,
@@ -55,12 +54,13 @@ Pool pool_of(const std::vector<std::int64_t>& window, bool ceil_mode, const Tens
   return pool;
 }
 
-Shape shape_of_result(const Tensor& t) {
-  return shape_of(is_dense(t) ? t : torch::stable::empty_like(t));
+Pool pool_of(const std::vector<std::int64_t>& window, bool ceil_mode, const Tensor& input) {
+  const auto sizes = input.sizes();
+  return pool_of(window, ceil_mode, {sizes.begin(), sizes.end()});
 }
 
-Shape pooled_shape(const Pool& pool, const Shape& input) {
-  return {input.rows || pool.outputs() == 1, input.batch, input.channels, pool.outputs()};
+Shape shape_of_result(const Tensor& t) {
+  return shape_of(is_dense(t) ? t : torch::stable::empty_like(t));
 }
 
 Tensor empty_pooled(const Pool& pool, const Shape& shape, const Tensor& input, ScalarType dtype) {

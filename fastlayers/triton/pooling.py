@@ -56,9 +56,15 @@ def _pooled_unit(VEC, ROWS):
 
 
 @triton.constexpr_function
-def _windows(KERNEL, STRIDE, DILATION):
-    """How many windows may have an element, along one axis."""
+def _reach(KERNEL, STRIDE, DILATION):
+    """How many windows reach over an element, along one axis."""
     return (KERNEL - 1) * DILATION // STRIDE + 1
+
+
+@triton.constexpr_function
+def _windows(KERNEL, STRIDE, DILATION):
+    """How many of them may have it: not more than elements of a window."""
+    return min(_reach(KERNEL, STRIDE, DILATION), KERNEL)
 
 
 @triton.jit
@@ -163,14 +169,14 @@ def _best(
         step = x_outer * VEC
     else:
         step = 1
-    # The first element stands, even where no key is above -inf.
+    # The first element stands where no key is better than what is begun with, which is that of absent ones.
     first = (_first(top, DH) * KW)[:, None] + _along_columns(_first(left, DW), ROWS)
     position = tl.broadcast_to(first, (B0, B1)).to(tl.int32)
-    # 1, 0 or -1; and what stands for elements that are not there: its key is -inf, or 0 among zeros.
+    # 1, 0 or -1; and what stands for elements that are absent: its key is -inf, or 0 where all are.
     sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0)).to(ACC)
     if MONOTONE:
         best = tl.zeros((B0, B1), ACC)
-        best_key = tl.full((B0, B1), float("-inf"), ACC)
+        best_key = tl.broadcast_to(tl.where(sign == 0, 0.0, float("-inf")).to(ACC)[None, :], (B0, B1))
         absent = tl.where(scale > 0, float("-inf"), tl.where(scale < 0, float("inf"), 0.0))
         absent = tl.broadcast_to(absent[None, :], (B0, B1)).to(X.dtype.element_ty)
     else:
@@ -317,16 +323,24 @@ def whole_pool(
 def _window(
     i, back, count, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr
 ):  # fmt: skip
-    """Along one axis, the window that begins `back` windows before the last one that may have element i.
+    """Along one axis, of the windows that may have element i the one number `back` from behind.
 
     Its index, or another's that exists if there is none; and the element's number in it, or NOWHERE.
     """
-    last = (i + PADDING) // STRIDE
-    window, apart = last - back, i + PADDING - last * STRIDE + back * STRIDE
-    has = (window >= 0) & (window < count) & (apart <= (KERNEL - 1) * DILATION)
-    if DILATION > 1:
-        has = has & (apart % DILATION == 0)
-    return tl.minimum(tl.maximum(window, 0), count - 1), tl.where(has, apart // DILATION, NOWHERE)
+    if _reach(KERNEL, STRIDE, DILATION) <= KERNEL:
+        last = (i + PADDING) // STRIDE
+        window, apart = last - back, i + PADDING - last * STRIDE + back * STRIDE
+        number = apart // DILATION
+        has = (window >= 0) & (apart <= (KERNEL - 1) * DILATION)
+        if DILATION > 1:
+            has = has & (number * DILATION == apart)
+    else:
+        # By the numbers that the element may have.
+        number, begin = back, i + PADDING - back * DILATION
+        window = begin // STRIDE
+        has = (begin >= 0) & (window * STRIDE == begin)
+    has = has & (window < count)
+    return tl.minimum(tl.maximum(window, 0), count - 1), tl.where(has, number, NOWHERE)
 
 
 @triton.jit

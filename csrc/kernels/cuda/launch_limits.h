@@ -20,6 +20,13 @@ inline constexpr int kRowThreads = 128;
 constexpr int row_blocks(std::size_t element_bytes) {
   return element_bytes == 8 ? 2 : 3;
 }
+// Of the pooling kernels that keep nothing on chip.
+inline constexpr int kPoolThreads = 256;
+// Blocks of the forward pooling kernels of planes that a processor shall hold; double needs twice as many registers.
+constexpr int pool_blocks(std::size_t element_bytes) {
+  return element_bytes == 8 ? 1 : 2;
+}
+inline constexpr int kStripRows = 4;  // windows below each other that a thread pools, at most
 inline constexpr int kMaxRowsPerRun = kGroup;
 inline constexpr int kFinishedChannels = 2;  // that a block of them sums up at a time
 inline constexpr int kWarp = 32;
