@@ -138,7 +138,7 @@ def register(namespace: str, bytes_of_bits: Callable[[Tensor], int]) -> None:
 def _pooled(input: Tensor, pool: Pool) -> Tensor:
     """The pooled output of `input`: channels adjacent where those of ``empty_like(input)`` are, else contiguous.
 
-    Its other definition is in csrc/torch/tensors.cpp, shape_of.
+    Its other definition is in csrc/torch/pooling.cpp, empty_pooled.
     """
     batch, channels, *spatial = input.shape
     sizes = pool.output_size(spatial)

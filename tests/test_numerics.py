@@ -65,7 +65,7 @@ def _pooled(**changes: Any) -> list[Case]:
         *_paths(mean=1.0, std=0.0),
         *_pooled(mean=1e4, std=1.0, act="relu", drop_p=0.3),
         *_pooled(mean=-1e4, std=1.0, act="gelu"),
-        *_pooled(mean=1e8, std=1e4, dtype=f64, param_dtype=f64),
+        *_pooled(mean=1e8, std=1e5, dtype=f64, param_dtype=f64),
         *_pooled(mean=1e30, std=1e30),
         *_pooled(mean=1e30, std=1e26),
         *_pooled(mean=1e30, std=1e30, dtype=bf16),
