@@ -270,7 +270,7 @@ class RowsPoolForward {
  public:
   explicit RowsPoolForward(const PoolForwardArgs& args)
       : args_(args),
-        split_(args.geometry, args.training, kMostTiles),
+        split_(args.geometry, args.training),
         shares_(args.geometry, args.pool),
         found_(static_cast<T*>(args.selected ? args.selected : args.output.data)) {}
 
@@ -297,9 +297,6 @@ class RowsPoolForward {
   }
 
  private:
-  // So many that what is summed is still in the second-level cache when it is pooled.
-  static constexpr std::int64_t kMostTiles = 256;
-
   double scale(std::int64_t c) const { return args_.weight[c] * args_.invstd[c]; }
 
   // As they are unless the deviation is infinite or NaN.
@@ -339,7 +336,7 @@ class RowsPoolForward {
     const std::int64_t step = rounded_up(t.channels, kLanes), width = args_.pool.width.output;
     Scratch<S> x(kWindowsTogether * step);
     const ImageRows rows = shares_.outputs(t);
-    for (std::int64_t row = rows.end - 1; row >= rows.begin; --row) {
+    for (std::int64_t row = rows.begin; row < rows.end; ++row) {
       const std::uint8_t* kept = kept_channels(args_.keep, args_.geometry, row / args_.pool.height.output, t);
       for (std::int64_t i = 0; i < width; i += kWindowsTogether) {
         const Runs runs{t.channels, smaller(kWindowsTogether, width - i), step};
