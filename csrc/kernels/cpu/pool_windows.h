@@ -184,10 +184,6 @@ struct Picked {
 };
 alignas(64) inline constexpr Picked kPickedBy2(2), kPickedBy3(3);
 
-FL_INLINE __m512 pick(__m512 a, const std::int32_t (&at)[kLanes], __m512 b) {
-  return _mm512_permutex2var_ps(a, _mm512_load_si512(at), b);
-}
-
 }  // namespace detail
 
 template <>
@@ -195,8 +191,9 @@ template <>
 FL_INLINE void PlanePooler<float>::take_apart<2>(const float* line, std::int64_t, std::int64_t phase,
                                                  std::int64_t vectors, float* to) {
   for (std::int64_t i = 0; i < vectors * kLanes; i += kLanes) {
-    const __m512 a = _mm512_loadu_ps(line + 2 * i), b = _mm512_loadu_ps(line + 2 * i + kLanes);
-    for (int p = 0; p < 2; ++p) _mm512_storeu_ps(to + p * phase + i, detail::pick(a, detail::kPickedBy2.at[0][p], b));
+    const V a = detail::load_unaligned<float>(line + 2 * i), b = detail::load_unaligned<float>(line + 2 * i + kLanes);
+    for (int p = 0; p < 2; ++p)
+      detail::store_unaligned<float>(to + p * phase + i, picked(a, detail::kPickedBy2.at[0][p], b));
   }
 }
 
@@ -206,10 +203,11 @@ FL_INLINE void PlanePooler<float>::take_apart<3>(const float* line, std::int64_t
                                                  std::int64_t vectors, float* to) {
   for (std::int64_t i = 0; i < vectors * kLanes; i += kLanes) {
     const float* from = line + 3 * i;
-    const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + kLanes), c = _mm512_loadu_ps(from + 2 * kLanes);
+    const V a = detail::load_unaligned<float>(from), b = detail::load_unaligned<float>(from + kLanes);
+    const V c = detail::load_unaligned<float>(from + 2 * kLanes);
     for (int p = 0; p < 3; ++p) {
-      const __m512 of_two = detail::pick(a, detail::kPickedBy3.at[0][p], b);
-      _mm512_storeu_ps(to + p * phase + i, detail::pick(of_two, detail::kPickedBy3.at[1][p], c));
+      const V of_two = picked(a, detail::kPickedBy3.at[0][p], b);
+      detail::store_unaligned<float>(to + p * phase + i, picked(of_two, detail::kPickedBy3.at[1][p], c));
     }
   }
 }
