@@ -86,6 +86,14 @@ FL_INLINE Vec<std::uint8_t> keep(__mmask16 stay, Vec<std::uint8_t> best, Vec<std
 
 }  // namespace detail
 
+#if defined(__AVX512F__)
+// Lane i is lane at[i] of a, or, counted on, of b: one instruction, which gcc does not find.
+FL_INLINE Vec<float> picked(Vec<float> a, const std::int32_t (&at)[kLanes], Vec<float> b) {
+  return reinterpret_cast<Vec<float>>(
+      _mm512_permutex2var_ps(reinterpret_cast<__m512>(a), _mm512_load_si512(at), reinterpret_cast<__m512>(b)));
+}
+#endif
+
 // The best candidate so far of each lane, by `key`, and its number.
 template <class S>
 struct Best {

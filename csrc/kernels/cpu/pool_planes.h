@@ -5,6 +5,7 @@
 #include "activation_runs.h"
 #include "planes.h"
 #include "pool.h"
+#include "pool_spread.h"
 #include "pool_windows.h"
 
 namespace fastlayers {
@@ -378,10 +379,9 @@ class PlanesPoolBackward {
     explicit Worker(const PlanesPoolBackward& of)
         : of_(of),
           args_(of.args_),
-          offsets_(of.args_.pool),
+          spreader_(of.args_.pool, of.most_inputs_),
           x_(of.most_windows() + kLanes),
-          grad_(of.most_windows() + kLanes),
-          spread_(of.most_inputs_ * of.args_.pool.width.input + kLanes) {}
+          grad_(of.most_windows() + kLanes) {}
 
     void set_channels(std::int64_t begin, std::int64_t end) {
       first_channel_ = begin;
@@ -458,24 +458,14 @@ class PlanesPoolBackward {
       if (of_.prefetching_ && output.count() > 0)
         ahead = FetchAhead(piece_start<T>(args_.input, Piece{n, rows.begin * width, 0}, c),
                            rows.count() * width * std::int64_t{sizeof(T)}, 1, 0, output.count());
-      PlaneRows touched = rows;
-      if (output.count() > 0) {
-        find_gradients(n, c, first, output.count() * pool.width.output);
-        const PlaneRows of_windows = window_rows(pool.height, output);
-        touched = {smaller(rows.begin, of_windows.begin), of_windows.end > rows.end ? of_windows.end : rows.end};
-      }
-      S* const spread = spread_.data();
-      for (std::int64_t i = 0; i < touched.count() * width; i += kLanes) detail::store_unaligned<S>(spread + i, V{});
-      const S* const grad = grad_.data();
-      offsets_.each(output, touched.begin, args_.positions + at(n, c, first), ahead,
-                    [&](std::int64_t i, std::int64_t to) { spread[to] += grad[i]; });
-      return spread + (rows.begin - touched.begin) * width;
+      if (output.count() > 0) find_gradients(n, c, first, output.count() * pool.width.output);
+      return spreader_.spread(rows, output, grad_.data(), args_.positions + at(n, c, first), ahead);
     }
 
     const PlanesPoolBackward& of_;
     const PoolBackwardArgs& args_;
-    WindowOffsets offsets_;
-    Scratch<S> x_, grad_, spread_;
+    PlaneSpreader<S> spreader_;
+    Scratch<S> x_, grad_;
     std::int64_t first_channel_ = 0;
     ChannelRun<S> runs_[ChannelBlocks::kMost];
   };

@@ -132,7 +132,8 @@ class TilePooler {
     }
   }
 
-  void pool(std::int64_t row) {
+  // Pools a row of windows. At each window, memory is fetched ahead.
+  void pool(std::int64_t row, FetchAhead& ahead) {
     const PoolAxis &height = args_.pool.height, &width = args_.pool.width;
     const std::int64_t n = row / height.output, o = row % height.output;
     Window w{{height.first(o), height.end(o)},
@@ -146,6 +147,7 @@ class TilePooler {
       if (!kMonotone) rows_of_keys_[k] = keys_of(at);
     }
     for (std::int64_t i = 0; i < width.output; ++i, ++w.output) {
+      ahead.step();
       w.across = taps_[i], w.start = width.start(i);
       pool(w);
     }
@@ -285,7 +287,7 @@ class RowsPoolForward {
     }
     if (args_.monotone) {
       const auto weight = [&](std::int64_t c) { return args_.weight[c]; };
-      statistics_of_tiles<T>(args_, split_, [&](const Tile& t) { pool_monotone(t, weight); });
+      statistics_of_tiles<T>(args_, split_, [&](const Tile& t) { pool_monotone(t, weight, next_tile(t)); });
     } else {
       statistics_of_tiles<T>(args_, split_);
     }
@@ -297,8 +299,8 @@ class RowsPoolForward {
   }
 
  private:
-  // So many that what is summed is still in the second-level cache when it is pooled.
-  static constexpr std::int64_t kMostTiles = 256;
+  // So many that a tile, and the next one, which is fetched meanwhile, stay in the second-level cache.
+  static constexpr std::int64_t kMostTiles = 1024, kMostFetched = 512 * 1024;
 
   double scale(std::int64_t c) const { return args_.weight[c] * args_.invstd[c]; }
 
@@ -309,11 +311,23 @@ class RowsPoolForward {
     return true;
   }
 
-  void pool_monotone(const Tile& t, auto scale) const { pool_with(TilePooler<T, true>(args_, found_, t, scale), t); }
+  void pool_monotone(const Tile& t, auto scale, FetchAhead ahead) const {
+    pool_with(TilePooler<T, true>(args_, found_, t, scale), t, ahead);
+  }
+
+  // What is read of the tile behind `t`, while that is pooled.
+  FetchAhead next_tile(const Tile& t) const {
+    constexpr auto size = static_cast<std::int64_t>(sizeof(T));
+    const std::int64_t rows = smaller(t.end - t.begin, args_.geometry.runs() - t.end);
+    const ImageRows windows = shares_.outputs(t);
+    if (!worth_prefetching<T>(args_.geometry) || rows * t.columns * size > kMostFetched) return {};
+    return FetchAhead(row_start<T>(args_.input, t.end, t), t.columns * size, rows, args_.input.outer * size,
+                      (windows.end - windows.begin) * args_.pool.width.output);
+  }
 
   void pool(const Tile& t) const {
     const auto of_channel = [&](std::int64_t c) { return scale(c); };
-    if (args_.monotone) return pool_monotone(t, of_channel);
+    if (args_.monotone) return pool_monotone(t, of_channel, {});
     // So few channels at a time that the keys that windows share stay in cache.
     constexpr std::int64_t kKeysInCache = 64 * 1024, kFewest = 64;
     const PoolAxis& height = args_.pool.height;
@@ -324,13 +338,13 @@ class RowsPoolForward {
       Tile part = t;
       part.channel += c;
       part.channels = smaller(channels, t.channels - c);
-      pool_with(TilePooler<T, false>(args_, found_, part, of_channel), t);
+      pool_with(TilePooler<T, false>(args_, found_, part, of_channel), t, {});
     }
   }
 
-  void pool_with(auto&& pooler, const Tile& t) const {
+  void pool_with(auto&& pooler, const Tile& t, FetchAhead ahead) const {
     const ImageRows rows = shares_.outputs(t);
-    for (std::int64_t row = rows.begin; row < rows.end; ++row) pooler.pool(row);
+    for (std::int64_t row = rows.begin; row < rows.end; ++row) pooler.pool(row, ahead);
   }
 
   // Writes the output, from the elements that were found.
@@ -339,7 +353,7 @@ class RowsPoolForward {
     const std::int64_t step = rounded_up(t.channels, kLanes), width = args_.pool.width.output;
     Scratch<S> x(kWindowsTogether * step);
     const ImageRows rows = shares_.outputs(t);
-    for (std::int64_t row = rows.end - 1; row >= rows.begin; --row) {
+    for (std::int64_t row = rows.begin; row < rows.end; ++row) {
       const std::uint8_t* kept = kept_channels(args_.keep, args_.geometry, row / args_.pool.height.output, t);
       for (std::int64_t i = 0; i < width; i += kWindowsTogether) {
         const Runs runs{t.channels, smaller(kWindowsTogether, width - i), step};
@@ -390,7 +404,8 @@ class TilePoolBackward {
         x_(kWindowsTogether * step_),
         columns_(args.pool.width),
         terms_(Pool::kMostPositions),
-        ahead_(args.training && worth_prefetching<T>(args.geometry) ? kAhead : 0) {
+        ahead_(args.training && worth_prefetching<T>(args.geometry) ? kAhead : 0),
+        windows_ahead_(worth_prefetching<T>(args.geometry) ? 1 + kGradAhead / t.channels : 0) {
     for (std::int64_t i = 0; i < grad_rows_; ++i) row_of_grad_[i] = -1;
   }
 
@@ -498,12 +513,17 @@ class TilePoolBackward {
     for (std::int64_t k = 0; k < count; ++k) {
       const T* grad_output =
           static_cast<const T*>(args_.grad_output.data) + (window + k) * args_.grad_output.outer + tile_.channel;
+      const T* selected =
+          static_cast<const T*>(args_.selected) + (window + k) * args_.geometry.channels + tile_.channel;
       const V keep_scale = splat<V>(args_.keep.scale);
       for_each_vector(tile_.channels, [&](std::int64_t i, auto lanes) {
+        if (windows_ahead_) {
+          prefetch(grad_output + i + windows_ahead_ * args_.grad_output.outer);
+          prefetch(selected + i + windows_ahead_ * args_.geometry.channels);
+        }
         detail::store_unaligned<S>(grad + k * step_ + i, load(grad_output + i, lanes) * keep_scale);
+        detail::store_unaligned<S>(x_.data() + k * step_ + i, load(selected + i, lanes));
       });
-      load_run(static_cast<const T*>(args_.selected) + (window + k) * args_.geometry.channels + tile_.channel,
-               tile_.channels, x_.data() + k * step_);
     }
     activation_gradients(args_.activation, channels_.run(), Runs{tile_.channels, count, step_}, x_.data(), grad);
     if (!args_.keep.planes && tile_.channels == step_) return;
@@ -519,7 +539,7 @@ class TilePoolBackward {
     });
   }
 
-  static constexpr std::int64_t kAhead = 8 * 1024 / sizeof(T);
+  static constexpr std::int64_t kAhead = 8 * 1024 / sizeof(T), kGradAhead = 4 * 1024 / sizeof(T);
 
   const PoolBackwardArgs& args_;
   const Tile tile_;
@@ -533,7 +553,7 @@ class TilePoolBackward {
   Scratch<S> x_;
   AxisTaps columns_;
   Scratch<Term> terms_;
-  std::int64_t ahead_;
+  std::int64_t ahead_, windows_ahead_;
 };
 
 template <class T>

@@ -123,7 +123,15 @@ class PlanePooler {
   void take_apart_by(std::int64_t lines, std::int64_t vectors);
   template <int kStride>
   FL_INLINE static void take_apart(const S* line, std::int64_t stride, std::int64_t phase, std::int64_t vectors, S* to);
-  void pool_row(const S* phases, std::int64_t vectors, S* keys, Number<S>* numbers, FetchAhead& ahead) const;
+  // Vectors of adjacent windows, and the distances from one to the next.
+  struct Across {
+    std::int64_t vectors;
+    const S* phases;
+    std::int64_t from_step, to, to_step, first_step;
+  };
+  void pool_across(const Across& v, FetchAhead& ahead) const;
+  template <int kTogether>
+  FL_INLINE void pool_across(const Across& v, std::int64_t first, FetchAhead& ahead) const;
   void pool_column(std::int64_t o, PlaneRows input, S* keys, Number<S>* numbers) const;
 
   const PlaneWindows<S>& w_;
@@ -184,10 +192,6 @@ struct Picked {
 };
 alignas(64) inline constexpr Picked kPickedBy2(2), kPickedBy3(3);
 
-FL_INLINE __m512 pick(__m512 a, const std::int32_t (&at)[kLanes], __m512 b) {
-  return _mm512_permutex2var_ps(a, _mm512_load_si512(at), b);
-}
-
 }  // namespace detail
 
 template <>
@@ -195,8 +199,9 @@ template <>
 FL_INLINE void PlanePooler<float>::take_apart<2>(const float* line, std::int64_t, std::int64_t phase,
                                                  std::int64_t vectors, float* to) {
   for (std::int64_t i = 0; i < vectors * kLanes; i += kLanes) {
-    const __m512 a = _mm512_loadu_ps(line + 2 * i), b = _mm512_loadu_ps(line + 2 * i + kLanes);
-    for (int p = 0; p < 2; ++p) _mm512_storeu_ps(to + p * phase + i, detail::pick(a, detail::kPickedBy2.at[0][p], b));
+    const V a = detail::load_unaligned<float>(line + 2 * i), b = detail::load_unaligned<float>(line + 2 * i + kLanes);
+    for (int p = 0; p < 2; ++p)
+      detail::store_unaligned<float>(to + p * phase + i, picked(a, detail::kPickedBy2.at[0][p], b));
   }
 }
 
@@ -206,10 +211,11 @@ FL_INLINE void PlanePooler<float>::take_apart<3>(const float* line, std::int64_t
                                                  std::int64_t vectors, float* to) {
   for (std::int64_t i = 0; i < vectors * kLanes; i += kLanes) {
     const float* from = line + 3 * i;
-    const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + kLanes), c = _mm512_loadu_ps(from + 2 * kLanes);
+    const V a = detail::load_unaligned<float>(from), b = detail::load_unaligned<float>(from + kLanes);
+    const V c = detail::load_unaligned<float>(from + 2 * kLanes);
     for (int p = 0; p < 3; ++p) {
-      const __m512 of_two = detail::pick(a, detail::kPickedBy3.at[0][p], b);
-      _mm512_storeu_ps(to + p * phase + i, detail::pick(of_two, detail::kPickedBy3.at[1][p], c));
+      const V of_two = picked(a, detail::kPickedBy3.at[0][p], b);
+      detail::store_unaligned<float>(to + p * phase + i, picked(of_two, detail::kPickedBy3.at[1][p], c));
     }
   }
 }
@@ -234,17 +240,31 @@ void PlanePooler<S>::take_apart(std::int64_t lines, std::int64_t vectors) {
 }
 
 template <class S>
-void PlanePooler<S>::pool_row(const S* phases, std::int64_t vectors, S* keys, Number<S>* numbers,
-                              FetchAhead& ahead) const {
+void PlanePooler<S>::pool_across(const Across& v, FetchAhead& ahead) const {
+  constexpr int kTogether = 4;
+  std::int64_t i = 0;
+  for (; i + kTogether <= v.vectors; i += kTogether) pool_across<kTogether>(v, i, ahead);
+  for (; i < v.vectors; ++i) pool_across<1>(v, i, ahead);
+}
+
+template <class S>
+template <int kTogether>
+FL_INLINE void PlanePooler<S>::pool_across(const Across& v, std::int64_t first, FetchAhead& ahead) const {
   const std::int64_t taps = w_.pool_.width.kernel;
-  for (std::int64_t i = 0; i < vectors * kLanes; i += kLanes) {
+  const S* phases = v.phases + first * v.from_step;
+  Best<S> best[kTogether];
+  for (int u = 0; u < kTogether; ++u) {
     ahead.step();
-    Numbers<S> number{};
-    Best<S> best = Best<S>::none(w_.flat_ ? number : detail::load_unaligned<Number<S>>(first_taps_.data() + i));
-    for (std::int64_t k = 0; k < taps; ++k, number += 1)
-      best.offer(detail::load_unaligned<S>(phases + taps_[k] + i), number);
-    detail::store_unaligned<S>(keys + i, best.key);
-    detail::store_unaligned<Number<S>>(numbers + i, best.number);
+    best[u] = Best<S>::none(detail::load_unaligned<Number<S>>(first_taps_.data() + (first + u) * v.first_step));
+  }
+  Numbers<S> number{};
+  for (std::int64_t k = 0; k < taps; ++k, number += 1)
+    for (int u = 0; u < kTogether; ++u)
+      best[u].offer(detail::load_unaligned<S>(phases + taps_[k] + u * v.from_step), number);
+  for (int u = 0; u < kTogether; ++u) {
+    const std::int64_t to = v.to + (first + u) * v.to_step;
+    detail::store_unaligned<S>(row_keys_.data() + to, best[u].key);
+    detail::store_unaligned<Number<S>>(row_numbers_.data() + to, best[u].number);
   }
 }
 
@@ -273,16 +293,19 @@ template <class S>
 void PlanePooler<S>::pool(PlaneRows output, PlaneRows input, FetchAhead& ahead) {
   const auto vectors_for = [](std::int64_t n) { return (n + kLanes - 1) / kLanes; };
   const S* phases = w_.stride_ == 1 ? lines_.data() : phases_.data();
+  const std::int64_t pitch = w_.stride_ == 1 ? w_.line_ : w_.stride_ * w_.phase_;
   if (w_.flat_) {
     const std::int64_t vectors = vectors_for(input.count() * w_.outputs_);
     take_apart(1, vectors);
-    pool_row(phases, vectors, row_keys_.data(), row_numbers_.data(), ahead);
+    pool_across({vectors, phases, kLanes, 0, kLanes, 0}, ahead);
   } else {
-    const std::int64_t pitch = w_.stride_ == 1 ? w_.line_ : w_.stride_ * w_.phase_;
     take_apart(input.count(), vectors_for(w_.pool_.width.output + w_.shift_));
-    for (std::int64_t row = 0; row < input.count(); ++row)
-      pool_row(phases + row * pitch, w_.row_vectors_, row_keys_.data() + row * w_.outputs_,
-               row_numbers_.data() + row * w_.outputs_, ahead);
+    if (w_.row_vectors_ == 1) {
+      pool_across({input.count(), phases, pitch, 0, w_.outputs_, 0}, ahead);
+    } else {
+      for (std::int64_t row = 0; row < input.count(); ++row)
+        pool_across({w_.row_vectors_, phases + row * pitch, kLanes, row * w_.outputs_, kLanes, kLanes}, ahead);
+    }
   }
   for (std::int64_t o = output.begin; o < output.end; ++o) {
     const std::int64_t at = (o - output.begin) * w_.pool_.width.output;
