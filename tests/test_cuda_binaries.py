@@ -61,7 +61,7 @@ def kernels() -> list[Kernel]:
         pytest.skip(f"compiled for {', '.join(info['cuda'])}, not for {ARCH}")
     tools = _folder_of_cuobjdump()
     objects = list(cmake_call.build("fastlayers_cuda").glob("CMakeFiles/fastlayers_cuda*.dir/**/*.cu.o"))
-    assert len(objects) == 5  # one for each storage type, and what they have in common
+    assert len(objects) == 9  # two for each storage type, and what they have in common
     return [kernel for path in objects for kernel in _kernels_of(tools, path)]
 
 
@@ -89,8 +89,13 @@ def test_all_kernels_are_there(kernels: list[Kernel]) -> None:
         for direction in ("forward", "backward"):
             for part in ("on_chip", "sums", "apply"):
                 assert f"{layout}_{direction}_{part}<" in names
+    for part in ("planes_pool_forward_on_chip", "planes_pool_forward", "planes_pool_backward"):
+        assert f"{part}<" in names
+    for direction in ("forward", "backward"):
+        assert f"rows_pool_{direction}<" in names
     for storage in ("float", "double", "fastlayers::bf16", "fastlayers::f16"):
         assert f"planes_forward_on_chip<{storage}," in names
+        assert f"planes_pool_forward_on_chip<{storage}," in names
 
 
 def test_nothing_is_in_local_memory(kernels: list[Kernel]) -> None:
@@ -101,7 +106,11 @@ def test_nothing_is_in_local_memory(kernels: list[Kernel]) -> None:
 
 
 def _streams(kernel: Kernel) -> bool:
-    return re.search(r"\b(planes|rows)_(forward|backward)_|dropout_groups", kernel.name) is not None
+    """Those that move what is full-size in groups of 8 elements."""
+    pattern = (
+        r"\b(planes|rows)_(forward|backward)_|dropout_groups|\brows_pool_|\bplanes_pool_(forward_on_chip|backward)"
+    )
+    return re.search(pattern, kernel.name) is not None
 
 
 def test_streaming_kernels_load_16_bytes(kernels: list[Kernel]) -> None:
@@ -111,7 +120,9 @@ def test_streaming_kernels_load_16_bytes(kernels: list[Kernel]) -> None:
 
 
 def test_streaming_kernels_store_16_bytes(kernels: list[Kernel]) -> None:
-    writing = [kernel for kernel in kernels if _streams(kernel) and "_sums<" not in kernel.name]
+    # Windows of planes are pooled, and what comes out written, one by one: it is as many times smaller.
+    one_by_one = ("_sums<", "planes_pool_forward_on_chip<")
+    writing = [kernel for kernel in kernels if _streams(kernel) and not any(n in kernel.name for n in one_by_one)]
     assert len(writing) > 40
     assert [k for k in writing if not any(a.startswith("STG.E.128") for a in k.accesses)] == []
 
@@ -121,7 +132,11 @@ def test_registers_allow_the_blocks_that_launches_plan(kernels: list[Kernel]) ->
     too_many = []
     for kernel in kernels:
         wide = "<double" in kernel.name
-        if "planes_" in kernel.name:
+        if re.search(r"planes_pool_(forward|backward)<", kernel.name):
+            threads = 256 * (2 if wide else 4)
+        elif "planes_pool_" in kernel.name:
+            threads = (256 if wide else 512) * 2
+        elif "planes_" in kernel.name:
             all_activations = "(fastlayers::cuda::Activations)1" in kernel.name
             threads = (256 if wide else 512) * (1 if all_activations else 2)
         elif "rows_" in kernel.name:

@@ -115,8 +115,9 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(false))
 // The second of two kernels, behind planes_forward_sums, or the only one in evaluation mode. Begins where the first
 // ended. Windows that overlap read from the first-level cache what they have in common.
 template <class T, Activations kWhich>
-__global__ void __launch_bounds__(kPoolThreads) planes_pool_forward(const PooledForwardArgs args, const PlanesWalk walk,
-                                                                    const PlanesPoolWalk pooling, const Pair* partial) {
+__global__ void __launch_bounds__(kPoolThreads, pool_blocks(sizeof(T)))
+    planes_pool_forward(const PooledForwardArgs args, const PlanesWalk walk, const PlanesPoolWalk pooling,
+                        const Pair* partial) {
   using Shared = PlanesShared<ChannelAffine<Compute<T>>>;
   Shared& shared = Shared::here();
   const std::uint32_t block = gridDim.x - 1 - blockIdx.x, splits = static_cast<std::uint32_t>(walk.splits);
@@ -230,7 +231,7 @@ __device__ __forceinline__ void spread_gradients(const PooledBackwardArgs& args,
 // Writes the input's gradient. The second of two kernels, behind planes_backward_sums of what was pooled; or the only
 // one, and `partial` null, where nothing is summed.
 template <class T, int kTile>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, pool_blocks(sizeof(T)))
     planes_pool_backward(const PooledBackwardArgs args, const PlanesWalk walk, const PlanesPoolWalk pooling,
                          const Pair* partial) {
   using S = Compute<T>;
