@@ -132,8 +132,7 @@ def register(namespace: str, bytes_of_bits: Callable[[Tensor], int]) -> None:
 
     pooling = (batch_norm_act_pool_fwd, batch_norm_act_pool_bwd)
     for fake in (batch_norm_act_fwd, batch_norm_act_bwd, *pooling, dropout, unpack_mask, element_mask):
-        if hasattr(getattr(torch.ops, namespace), fake.__name__):  # until the operators are there
-            torch.library.register_fake(f"{namespace}::{fake.__name__}", fake)
+        torch.library.register_fake(f"{namespace}::{fake.__name__}", fake)
 
 
 def _pooled(input: Tensor, pool: Pool) -> Tensor:

@@ -105,8 +105,7 @@ def batch_norm_act(
             y = _drop(activation.random(z), drop_p, drop_mode, True)
             return y if behind is None else behind.apply(y)
         activation = activation.in_evaluation()
-    fuses = hasattr(backends.ops, "batch_norm_act_pool_fwd")  # until the operators are there
-    if behind is not None and not (fuses and _fuses(behind, residual, drop_p if stochastic else 0.0, drop_mode)):
+    if behind is not None and not _fuses(behind, residual, drop_p if stochastic else 0.0, drop_mode):
         y = batch_norm_act(
             input, running_mean, running_var, weight, bias, training, momentum, eps,
             residual=residual, act=activation, drop_p=drop_p, drop_mode=drop_mode,

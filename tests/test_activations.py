@@ -52,6 +52,25 @@ def test_parameters_are_told_apart() -> None:
     assert activations.resolve(nn.GELU("tanh")).code == activations.resolve("gelu_tanh").code
 
 
+MONOTONE = [
+    *(activations.resolve(name) for name in NAMES),
+    *(activations.resolve(act) for act in ACTIVATIONS.values()),
+    activations.resolve(nn.ELU(-0.5)),
+    activations.resolve(nn.CELU(-2.0)),
+    activations.resolve(nn.RReLU(-0.5, 0.2)),
+    activations.resolve(nn.RReLU(-0.2, 0.5)),
+    activations.resolve(nn.Softplus(0.5, -3.0)),
+]
+
+
+@pytest.mark.parametrize("activation", MONOTONE, ids=lambda a: f"{a.name} {dict(a.kwargs)}")
+def test_monotone(activation: activations.Activation) -> None:
+    """The largest of several values comes from the largest argument, or `monotone` says that it need not."""
+    z = torch.linspace(-40, 40, 800_001, dtype=torch.float64)
+    y = activation.in_evaluation().apply(z)
+    assert activation.monotone == bool((y.diff() > -1e-14).all())
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if activations.resolve(n).derivatives is not None])
 def test_two_valued_derivatives(name: str) -> None:
     """What `derivatives` says they are."""

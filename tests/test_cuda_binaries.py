@@ -135,7 +135,7 @@ def test_registers_allow_the_blocks_that_launches_plan(kernels: list[Kernel]) ->
         if re.search(r"planes_pool_(forward|backward)<", kernel.name):
             threads = 256 * (2 if wide else 4)
         elif "planes_pool_" in kernel.name:
-            threads = (256 if wide else 512) * 2
+            threads = 256 if wide else 512 * 2
         elif "planes_" in kernel.name:
             all_activations = "(fastlayers::cuda::Activations)1" in kernel.name
             threads = (256 if wide else 512) * (1 if all_activations else 2)

@@ -11,6 +11,7 @@ from torch import Tensor
 import fastlayers as fl
 
 N, C, H, W = 3, 10, 4, 5
+WINDOW = [2, 2, 2, 2, 0, 0, 1, 1]  # kernel, stride, padding and dilation, each of height and width
 BITS = N * C * ((H * W + 7) // 8)
 
 
@@ -45,6 +46,37 @@ def _backward(**changes: Any) -> Callable[[], object]:
         }  # fmt: skip
         given = {name: change(right[name]) if callable(change) else change for name, change in changes.items()}
         return fl.ops.batch_norm_act_bwd(**right | given)
+
+    return call
+
+
+def _call_pooled_forward(**changes: Any) -> Any:
+    right: dict[str, Any] = {
+        "input": _full_size(), "weight": torch.ones(C), "bias": torch.ones(C), "mask": None,
+        "running_mean": torch.ones(C), "running_var": torch.ones(C), "num_batches_tracked": torch.tensor(0),
+        "training": True, "momentum": 0.1, "eps": 1e-5, "activation": 1, "activation_params": [0.0] * 3,
+        "monotone": True, "drop_scale": 1.0, "window": WINDOW, "ceil_mode": False, "save": True,
+    }  # fmt: skip
+    return fl.ops.batch_norm_act_pool_fwd(**right | changes)
+
+
+def _pooled_forward(**changes: Any) -> Callable[[], object]:
+    return lambda: _call_pooled_forward(**changes)
+
+
+def _pooled_backward(**changes: Any) -> Callable[[], object]:
+    """With what the forward operator returned for the right input, except for `changes`."""
+
+    def call() -> object:
+        output, mean, invstd, selected, positions = _call_pooled_forward()
+        right: dict[str, Any] = {
+            "grad_output": output, "input": _full_size(), "selected": selected, "positions": positions,
+            "weight": torch.ones(C), "bias": torch.ones(C), "mask": None, "mean": mean, "invstd": invstd,
+            "training": True, "activation": 1, "activation_params": [0.0] * 3, "drop_scale": 1.0, "window": WINDOW,
+            "ceil_mode": False, "input_grad": True, "affine_grad": True,
+        }  # fmt: skip
+        given = {name: change(right[name]) if callable(change) else change for name, change in changes.items()}
+        return fl.ops.batch_norm_act_pool_bwd(**right | given)
 
     return call
 
@@ -105,6 +137,20 @@ WRONG_STATES: dict[str, Tensor] = {
     "with fewer than none": _state(left=-7, next=632),
 }
 
+WRONG_WINDOWS: dict[str, list[int]] = {
+    "too short": WINDOW[:-1],
+    "none": [],
+    "without kernel": [0, 2, 2, 2, 0, 0, 1, 1],
+    "without stride": [2, 2, 0, 2, 0, 0, 1, 1],
+    "of negative padding": [2, 2, 2, 2, -1, 0, 1, 1],
+    "of too much padding": [2, 2, 2, 2, 0, 2, 1, 1],
+    "without dilation": [2, 2, 2, 2, 0, 0, 1, 0],
+    "of too many positions": [16, 17, 1, 1, 8, 8, 1, 1],
+    "larger than the input": [5, 2, 2, 2, 0, 0, 1, 1],
+    "of no elements": [2, 2, 1, 1, 0, 1, 1, 6],
+    "of sizes that overflow": [2, 2, 2, 2, 0, 0, 2**62, 1],
+}
+
 CALLS: dict[str, Callable[[], object]] = {
     **{
         f"forward: {name} {text}": _forward(**{name: t})
@@ -136,6 +182,34 @@ CALLS: dict[str, Callable[[], object]] = {
     **{f"backward: {name} in bfloat16": _backward(**{name: Tensor.bfloat16}) for name in ("mean", "invstd")},
     "backward: activation 14": _backward(activation=14),
     "backward: no parameters": _backward(activation_params=[]),
+    **{
+        f"pooled {direction}: {name} {text}": call(**{name: t})
+        for direction, call in (("forward", _pooled_forward), ("backward", _pooled_backward))
+        for name, wrong in (
+            ("weight", WRONG_CHANNELS), ("bias", WRONG_CHANNELS), ("mask", WRONG_MASKS), ("window", WRONG_WINDOWS)
+        )
+        for text, t in wrong.items()
+    },
+    **{f"pooled forward: {name} {text}": _pooled_forward(**{name: t})
+       for name in ("running_mean", "running_var") for text, t in WRONG_CHANNELS.items()},
+    **{f"pooled backward: {name} {text}": _pooled_backward(**{name: t})
+       for name in ("mean", "invstd") for text, t in WRONG_CHANNELS.items()},
+    **{f"pooled backward: {name} {text}": _pooled_backward(**{name: change})
+       for name in ("grad_output", "selected", "positions")
+       for text, change in (
+           ("of the input's size", lambda t: _full_size(t.dtype)), ("cut short", lambda t: t[1:]),
+           ("of another rank", lambda t: t.flatten(2)), ("in int64", Tensor.long), ("of nothing", lambda t: t[:0]),
+       )},
+    **{f"pooled forward: activation {code}": _pooled_forward(activation=code) for code in (-1, 14, 2**40)},
+    "pooled backward: activation 14": _pooled_backward(activation=14),
+    "pooled forward: rank 2": _pooled_forward(input=torch.ones(N, C)),
+    "pooled forward: rank 3 with two dimensions": _pooled_forward(input=torch.ones(N, C, W)),
+    "pooled forward: rank 5": _pooled_forward(input=torch.ones(N, C, 2, 2, 2)),
+    "pooled forward: int64": _pooled_forward(input=_full_size(torch.int64)),
+    "pooled forward: sparse": _pooled_forward(input=_full_size().to_sparse()),
+    "pooled forward: no statistics in evaluation":
+        _pooled_forward(training=False, running_mean=None, running_var=None),
+    "pooled forward: no count and no momentum": _pooled_forward(num_batches_tracked=None, momentum=None),
     **{f"dropout: mask {text}": lambda t=t: fl.ops.dropout(_full_size(), t, 2.0)  # type: ignore[misc]
        for text, t in WRONG_MASKS.items()},
     "dropout: int64": lambda: fl.ops.dropout(_full_size(torch.int64), _kept(N, C), 2.0),

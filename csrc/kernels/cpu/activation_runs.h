@@ -23,27 +23,39 @@ struct RunAffine {
   }
 };
 
-// Both work on whole vectors, so that there has to be room for these behind a run's end.
+// Some runs in scratch memory, `step` apart. What works on them works on whole vectors, for which there has to be room
+// behind a run's end.
+struct Runs {
+  std::int64_t length, count = 1, step = 0;
+
+  // Calls f(at, i) for each vector: `at` from the first run's start, i from its own run's.
+  template <class F>
+  FL_INLINE void each_vector(F&& f) const {
+    for (std::int64_t r = 0; r < count; ++r)
+      for (std::int64_t i = 0; i < length; i += kLanes) f(r * step + i, i);
+  }
+};
 
 // y = act(z(x))
 template <class S>
-__attribute__((noinline)) void activation_values(const ActivationSpec& spec, const RunAffine<S>& affine, const S* x,
-                                                 std::int64_t n, S* y) {
+__attribute__((noinline)) void activation_values(const ActivationSpec& spec, const RunAffine<S>& affine,
+                                                 const Runs& runs, const S* x, S* y) {
   with_activation<SimdMath<S>>(spec.kind, spec.params, [&](auto act) {
-    for (std::int64_t i = 0; i < n; i += kLanes)
-      detail::store_unaligned<S>(y + i, act.value(affine.normalized(detail::load_unaligned<S>(x + i), i)));
+    runs.each_vector([&](std::int64_t at, std::int64_t i) {
+      detail::store_unaligned<S>(y + at, act.value(affine.normalized(detail::load_unaligned<S>(x + at), i)));
+    });
   });
 }
 
 // g = g * act'(z(x)), in torch's sense.
 template <class S>
-__attribute__((noinline)) void activation_gradients(const ActivationSpec& spec, const RunAffine<S>& affine, const S* x,
-                                                    std::int64_t n, S* g) {
+__attribute__((noinline)) void activation_gradients(const ActivationSpec& spec, const RunAffine<S>& affine,
+                                                    const Runs& runs, const S* x, S* g) {
   with_activation<SimdMath<S>>(spec.kind, spec.params, [&](auto act) {
-    for (std::int64_t i = 0; i < n; i += kLanes) {
-      const Vec<S> z = affine.normalized(detail::load_unaligned<S>(x + i), i);
-      detail::store_unaligned<S>(g + i, act.gradient(detail::load_unaligned<S>(g + i), z));
-    }
+    runs.each_vector([&](std::int64_t at, std::int64_t i) {
+      const Vec<S> z = affine.normalized(detail::load_unaligned<S>(x + at), i);
+      detail::store_unaligned<S>(g + at, act.gradient(detail::load_unaligned<S>(g + at), z));
+    });
   });
 }
 

@@ -9,6 +9,7 @@
 #include "activation_runs.h"
 #include "choices.h"
 #include "pool.h"
+#include "pool_geometry.h"
 #include "rows.h"
 
 namespace fastlayers {
@@ -55,6 +56,9 @@ class RowShares {
   const Pool& pool_;
 };
 
+// How many windows' channels are activated at a time.
+inline constexpr std::int64_t kWindowsTogether = 16;
+
 // Numbers of a tile's channels. Behind the last channel is room for a vector.
 template <class S>
 class TileChannels {
@@ -81,7 +85,7 @@ template <class E>
 struct Pixels {
   E* data;
   std::int64_t step;
-  FL_INLINE E* at(std::int64_t i) const { return data + i * step; }
+  FL_INLINE E* at(std::int64_t i) const { return advance(data, i * step); }
 };
 
 template <class Pointer>
@@ -111,13 +115,16 @@ class TilePooler {
         tile_(t),
         found_(found),
         input_{static_cast<const T*>(args.input.data) + t.channel, position_step(args.geometry, args.input)},
-        key_step_(kMonotone ? 0 : (t.channels + kLanes - 1) / kLanes * kLanes),
+        key_step_(kMonotone ? 0 : rounded_up(t.channels, kLanes)),
         key_rows_(kMonotone ? 0 : (args.pool.height.kernel - 1) * args.pool.height.dilation + 1),
         keys_(key_rows_ * key_step_ * args.pool.width.input),
         row_of_keys_(key_rows_),
         rows_(args.pool.height.kernel),
-        rows_of_keys_(args.pool.height.kernel) {
+        rows_of_keys_(args.pool.height.kernel),
+        taps_(args.pool.width.output) {
     for (std::int64_t i = 0; i < key_rows_; ++i) row_of_keys_[i] = -1;
+    for (std::int64_t i = 0; i < args.pool.width.output; ++i)
+      taps_[i] = {args.pool.width.first(i), args.pool.width.end(i)};
     for (std::int64_t i = 0; i < t.channels + kLanes; ++i) {
       const double sign = kMonotone && i < t.channels ? key_sign(scale(t.channel + i)) : 1;
       sign_.values[i] = static_cast<S>(sign);
@@ -128,28 +135,30 @@ class TilePooler {
   void pool(std::int64_t row) {
     const PoolAxis &height = args_.pool.height, &width = args_.pool.width;
     const std::int64_t n = row / height.output, o = row % height.output;
-    Window w{height.first(o),
-             height.end(o),
-             0,
-             0,
+    Window w{{height.first(o), height.end(o)},
+             {},
              0,
              row * width.output,
              kept_channels(args_.keep, args_.geometry, n, tile_)};
-    for (std::int64_t k = w.top; k < w.bottom; ++k) {
+    for (std::int64_t k = w.down.first; k < w.down.end; ++k) {
       const std::int64_t at = n * height.input + height.start(o) + k * height.dilation;
       rows_[k] = input_.at(at * width.input);
       if (!kMonotone) rows_of_keys_[k] = keys_of(at);
     }
     for (std::int64_t i = 0; i < width.output; ++i, ++w.output) {
-      w.left = width.first(i), w.right = width.end(i), w.start = width.start(i);
+      w.across = taps_[i], w.start = width.start(i);
       pool(w);
     }
   }
 
  private:
+  // The taps that exist, along an axis.
+  struct Taps {
+    std::int64_t first, end;
+  };
   struct Window {
-    std::int64_t top, bottom, left, right;  // the taps that exist
-    std::int64_t start;                     // in its rows
+    Taps down, across;
+    std::int64_t start;  // in its rows
     std::int64_t output;
     const std::uint8_t* kept;
   };
@@ -164,7 +173,7 @@ class TilePooler {
     for (std::int64_t i = 0; i < width; ++i) {
       S* const to = keys + i * key_step_;
       load_run(input_.at(row * width + i), tile_.channels, to);
-      activation_values(args_.activation, channels.run(), to, tile_.channels, to);
+      activation_values(args_.activation, channels.run(), Runs{tile_.channels}, to, to);
     }
     return keys;
   }
@@ -182,17 +191,17 @@ class TilePooler {
     Best<S> best[kVectors];
     V sign[kVectors], x[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      best[v] = Best<S>::none(all_numbered<S>(w.top * width.kernel + w.left));
+      best[v] = Best<S>::none(all_numbered<S>(w.down.first * width.kernel + w.across.first));
       sign[v] = sign_.at(channel + v * kLanes);
       // Where no candidate wins, the first one is the result.
-      if (!kMonotone) x[v] = load(element(w, w.top, w.left) + channel + v * kLanes, lanes);
+      if (!kMonotone) x[v] = load(element(w, w.down.first, w.across.first) + channel + v * kLanes, lanes);
     }
-    for (std::int64_t row = w.top; row < w.bottom; ++row) {
-      const T* from = element(w, row, w.left) + channel;
+    for (std::int64_t row = w.down.first; row < w.down.end; ++row) {
+      const T* from = element(w, row, w.across.first) + channel;
       const S* key =
-          kMonotone ? nullptr : rows_of_keys_[row] + (w.start + w.left * width.dilation) * key_step_ + channel;
-      Numbers<S> number = all_numbered<S>(row * width.kernel + w.left);
-      for (std::int64_t k = w.left; k < w.right; ++k, number += 1) {
+          kMonotone ? nullptr : rows_of_keys_[row] + (w.start + w.across.first * width.dilation) * key_step_ + channel;
+      Numbers<S> number = all_numbered<S>(row * width.kernel + w.across.first);
+      for (std::int64_t k = w.across.first; k < w.across.end; ++k, number += 1) {
         for (int v = 0; v < kVectors; ++v) {
           const V candidate = load(from + v * kLanes, lanes);
           if constexpr (kMonotone) {
@@ -249,6 +258,7 @@ class TilePooler {
   Scratch<std::int64_t> row_of_keys_;
   Scratch<const T*> rows_;
   Scratch<const S*> rows_of_keys_;
+  Scratch<Taps> taps_;
   bool signs_are_ones_ = true;
   ColumnArray<S> sign_;
 };
@@ -260,7 +270,7 @@ class RowsPoolForward {
  public:
   explicit RowsPoolForward(const PoolForwardArgs& args)
       : args_(args),
-        split_(args.geometry, args.training),
+        split_(args.geometry, args.training, kMostTiles),
         shares_(args.geometry, args.pool),
         found_(static_cast<T*>(args.selected ? args.selected : args.output.data)) {}
 
@@ -287,6 +297,9 @@ class RowsPoolForward {
   }
 
  private:
+  // So many that what is summed is still in the second-level cache when it is pooled.
+  static constexpr std::int64_t kMostTiles = 256;
+
   double scale(std::int64_t c) const { return args_.weight[c] * args_.invstd[c]; }
 
   // As they are unless the deviation is infinite or NaN.
@@ -323,52 +336,36 @@ class RowsPoolForward {
   // Writes the output, from the elements that were found.
   void activate(const Tile& t) const {
     const TileChannels<S> channels(args_, t);
+    const std::int64_t step = rounded_up(t.channels, kLanes), width = args_.pool.width.output;
+    Scratch<S> x(kWindowsTogether * step);
     const ImageRows rows = shares_.outputs(t);
-    const Vec<S> keep_scale = splat<Vec<S>>(args_.keep.scale);
-    ColumnArray<S> x;
     for (std::int64_t row = rows.end - 1; row >= rows.begin; --row) {
       const std::uint8_t* kept = kept_channels(args_.keep, args_.geometry, row / args_.pool.height.output, t);
-      for (std::int64_t i = args_.pool.width.output - 1; i >= 0; --i) {
-        const std::int64_t at = (row * args_.pool.width.output + i) * args_.geometry.channels + t.channel;
-        load_run(found_ + at, t.channels, x.values);
-        activation_values(args_.activation, channels.run(), x.values, t.channels, x.values);
-        T* output = static_cast<T*>(args_.output.data) + at;
-        for_each_vector(t.channels, [&](std::int64_t k, auto lanes) {
-          store(output + k, kept_lanes<S>(kept, k, lanes) ? x.at(k) * keep_scale : Vec<S>{}, lanes);
-        });
+      for (std::int64_t i = 0; i < width; i += kWindowsTogether) {
+        const Runs runs{t.channels, smaller(kWindowsTogether, width - i), step};
+        const std::int64_t at = (row * width + i) * args_.geometry.channels + t.channel;
+        for (std::int64_t k = 0; k < runs.count; ++k)
+          load_run(found_ + at + k * args_.geometry.channels, t.channels, x.data() + k * step);
+        activation_values(args_.activation, channels.run(), runs, x.data(), x.data());
+        for (std::int64_t k = 0; k < runs.count; ++k)
+          write(x.data() + k * step, kept, t.channels, at + k * args_.geometry.channels);
       }
     }
+  }
+
+  FL_INLINE void write(const S* activated, const std::uint8_t* kept, std::int64_t channels, std::int64_t at) const {
+    T* output = static_cast<T*>(args_.output.data) + at;
+    const Vec<S> keep_scale = splat<Vec<S>>(args_.keep.scale);
+    for_each_vector(channels, [&](std::int64_t i, auto lanes) {
+      const Vec<S> y = detail::load_unaligned<S>(activated + i) * keep_scale;
+      store(output + i, kept_lanes<S>(kept, i, lanes) ? y : Vec<S>{}, lanes);
+    });
   }
 
   const PoolForwardArgs& args_;
   RowSplit split_;
   RowShares shares_;
   T* found_;
-};
-
-// Which windows of its row have element i of a row, and as which number.
-class ColumnTaps {
- public:
-  struct Tap {
-    std::int64_t window, number;
-  };
-
-  explicit ColumnTaps(const PoolAxis& width) : begins_(width.input + 1), taps_(width.output * width.kernel) {
-    std::int64_t count = 0;
-    for (std::int64_t i = 0; i < width.input; ++i) {
-      begins_[i] = count;
-      for (std::int64_t o = width.first_window(i); o < width.windows_end(i); ++o)
-        if ((i - width.start(o)) % width.dilation == 0) taps_[count++] = {o, (i - width.start(o)) / width.dilation};
-    }
-    begins_[width.input] = count;
-  }
-
-  FL_INLINE const Tap* begin(std::int64_t i) const { return taps_.data() + begins_[i]; }
-  FL_INLINE const Tap* end(std::int64_t i) const { return taps_.data() + begins_[i + 1]; }
-
- private:
-  Scratch<std::int64_t> begins_;
-  Scratch<Tap> taps_;
 };
 
 // What backward does with a tile: gradients of rows of windows, in scratch memory, their sums, and the input's.
@@ -382,34 +379,34 @@ class TilePoolBackward {
       : args_(args),
         tile_(t),
         windows_(windows),
+        input_{advance(static_cast<const T*>(args.input.data), t.channel), position_step(args.geometry, args.input)},
+        grad_input_{advance(static_cast<T*>(args.grad_input.data), t.channel),
+                    position_step(args.geometry, args.grad_input)},
         channels_(args, t),
-        step_((t.channels + kLanes - 1) / kLanes * kLanes),
+        step_(rounded_up(t.channels, kLanes)),
         grad_rows_((args.pool.height.kernel - 1) * args.pool.height.dilation / args.pool.height.stride + 1),
-        grad_(grad_rows_ * args.pool.width.output * step_),
+        grad_(grad_rows_ * args.pool.width.output * step_ + kWindowsTogether * step_),
         row_of_grad_(grad_rows_),
-        x_(step_),
+        x_(kWindowsTogether * step_),
         columns_(args.pool.width),
-        terms_(Pool::kMostPositions) {
+        terms_(Pool::kMostPositions),
+        ahead_(args.training && worth_prefetching<T>(args.geometry) ? kAhead : 0) {
     for (std::int64_t i = 0; i < grad_rows_; ++i) row_of_grad_[i] = -1;
   }
 
   // The sums over the tile's own rows of windows.
   TileGradientSums<T> sums() {
     TileGradientSums<T> s(tile_);
+    const std::int64_t width = args_.pool.width.output, end = windows_.end * width;
     std::int64_t since_carry = 0;
-    for (std::int64_t row = windows_.begin; row < windows_.end; ++row) {
-      for (std::int64_t i = 0; i < args_.pool.width.output; ++i) {
-        find_gradients(row * args_.pool.width.output + i, grad_.data());
-        for (std::int64_t k = 0; k < tile_.channels; k += kLanes) {
-          const V g = detail::load_unaligned<S>(grad_.data() + k), x = detail::load_unaligned<S>(x_.data() + k);
-          s.grad.set(k, s.grad.at(k) + g);
-          s.grad_deviation.set(k, s.grad_deviation.at(k) + g * (x - channels_.mean(k)));
-        }
-        if (++since_carry == kFloatAdditions) {
-          s.carry();
-          since_carry = 0;
-        }
-      }
+    for (std::int64_t window = windows_.begin * width; window < end; window += kWindowsTogether) {
+      const std::int64_t count = smaller(kWindowsTogether, end - window);
+      find_gradients(window, count, grad_.data());
+      add(count, s);
+      since_carry += count;
+      if (since_carry < kFloatAdditions) continue;
+      s.carry();
+      since_carry = 0;
     }
     s.carry();
     return s;
@@ -421,16 +418,16 @@ class TilePoolBackward {
     const std::int64_t n = row / height.input, h = row % height.input;
     std::int64_t rows = 0;
     RowTerm row_terms[Pool::kMostPositions];
-    for (std::int64_t o = height.windows_end(h) - 1; o >= height.first_window(h); --o) {
+    for (std::int64_t o = height.first_window(h); o < height.windows_end(h); ++o) {
       if ((h - height.start(o)) % height.dilation != 0) continue;
       const std::int64_t of_windows = n * height.output + o;
       row_terms[rows++] = {gradients_of(of_windows), of_windows * width.output,
                            (h - height.start(o)) / height.dilation * width.kernel};
     }
-    for (std::int64_t w = width.input - 1; w >= 0; --w) {
+    for (std::int64_t w = 0; w < width.input; ++w) {
       std::int64_t terms = 0;
       for (std::int64_t r = 0; r < rows; ++r)
-        for (const ColumnTaps::Tap* tap = columns_.begin(w); tap < columns_.end(w); ++tap)
+        for (const AxisTaps::Tap* tap = columns_.begin(w); tap < columns_.end(w); ++tap)
           terms_[terms++] = {
               row_terms[r].grad + tap->window * step_,
               args_.positions + (row_terms[r].output + tap->window) * args_.geometry.channels + tile_.channel,
@@ -454,11 +451,10 @@ class TilePoolBackward {
 
   void write_position(std::int64_t at, std::int64_t terms, const ColumnArray<S>& by_deviation,
                       const ColumnArray<S>& constant, bool streaming) const {
-    const T* input = advance(static_cast<const T*>(args_.input.data),
-                             at * position_step(args_.geometry, args_.input) + tile_.channel);
-    T* to =
-        static_cast<T*>(args_.grad_input.data) + at * position_step(args_.geometry, args_.grad_input) + tile_.channel;
+    const T* const input = input_.at(at);
+    T* const to = grad_input_.at(at);
     for_each_vector(tile_.channels, [&](std::int64_t i, auto lanes) {
+      if (ahead_) prefetch(input + i + ahead_);
       V g{};
       for (std::int64_t k = 0; k < terms; ++k) {
         const Term& term = terms_[k];
@@ -477,38 +473,67 @@ class TilePoolBackward {
     S* const grad = grad_.data() + slot * width * step_;
     if (row_of_grad_[slot] == row) return grad;
     row_of_grad_[slot] = row;
-    for (std::int64_t i = 0; i < width; ++i) find_gradients(row * width + i, grad + i * step_);
+    for (std::int64_t i = 0; i < width; i += kWindowsTogether)
+      find_gradients(row * width + i, smaller(kWindowsTogether, width - i), grad + i * step_);
     return grad;
   }
 
-  // Of what goes into the activation of a window's channels, which is left in x_.
-  void find_gradients(std::int64_t window, S* grad) {
-    const T* grad_output =
-        static_cast<const T*>(args_.grad_output.data) + window * args_.grad_output.outer + tile_.channel;
-    const T* selected = static_cast<const T*>(args_.selected) + window * args_.geometry.channels + tile_.channel;
+  // Adds gradients of the first windows in scratch memory to the sums.
+  FL_INLINE void add(std::int64_t count, TileGradientSums<T>& s) const {
+    for (std::int64_t i = 0; i < tile_.channels; i += kLanes) {
+      V grad = s.grad.at(i), grad_deviation = s.grad_deviation.at(i);
+      const V mean = channels_.mean(i);
+      for (std::int64_t k = 0; k < count; ++k) {
+        const V g = detail::load_unaligned<S>(grad_.data() + k * step_ + i);
+        grad += g;
+        grad_deviation += g * (detail::load_unaligned<S>(x_.data() + k * step_ + i) - mean);
+      }
+      s.grad.set(i, grad);
+      s.grad_deviation.set(i, grad_deviation);
+    }
+  }
+
+  // Of what goes into the activations of adjacent windows, at most kWindowsTogether, which is left in x_.
+  void find_gradients(std::int64_t window, std::int64_t count, S* grad) {
+    for (std::int64_t k = 0; k < count; ++k) {
+      const T* grad_output =
+          static_cast<const T*>(args_.grad_output.data) + (window + k) * args_.grad_output.outer + tile_.channel;
+      const V keep_scale = splat<V>(args_.keep.scale);
+      for_each_vector(tile_.channels, [&](std::int64_t i, auto lanes) {
+        detail::store_unaligned<S>(grad + k * step_ + i, load(grad_output + i, lanes) * keep_scale);
+      });
+      load_run(static_cast<const T*>(args_.selected) + (window + k) * args_.geometry.channels + tile_.channel,
+               tile_.channels, x_.data() + k * step_);
+    }
+    activation_gradients(args_.activation, channels_.run(), Runs{tile_.channels, count, step_}, x_.data(), grad);
+    if (!args_.keep.planes && tile_.channels == step_) return;
+    for (std::int64_t k = 0; k < count; ++k) drop(window + k, grad + k * step_);
+  }
+
+  // Leaves the gradients of what is kept.
+  FL_INLINE void drop(std::int64_t window, S* grad) const {
     const std::uint8_t* kept = kept_channels(args_.keep, args_.geometry, window / args_.pool.outputs(), tile_);
-    const V keep_scale = splat<V>(args_.keep.scale);
-    for_each_vector(tile_.channels, [&](std::int64_t i, auto lanes) {
-      detail::store_unaligned<S>(grad + i, load(grad_output + i, lanes) * keep_scale);
-    });
-    load_run(selected, tile_.channels, x_.data());
-    activation_gradients(args_.activation, channels_.run(), x_.data(), tile_.channels, grad);
     for_each_vector(tile_.channels, [&](std::int64_t i, auto lanes) {
       const V g = detail::load_unaligned<S>(grad + i);
       detail::store_unaligned<S>(grad + i, covered<S>(kept_lanes<S>(kept, i, lanes) ? g : V{}, lanes));
     });
   }
 
+  static constexpr std::int64_t kAhead = 8 * 1024 / sizeof(T);
+
   const PoolBackwardArgs& args_;
   const Tile tile_;
   const ImageRows windows_;
+  Pixels<const T> input_;
+  Pixels<T> grad_input_;
   TileChannels<S> channels_;
   std::int64_t step_, grad_rows_;
   Scratch<S> grad_;
   Scratch<std::int64_t> row_of_grad_;
   Scratch<S> x_;
-  ColumnTaps columns_;
+  AxisTaps columns_;
   Scratch<Term> terms_;
+  std::int64_t ahead_;
 };
 
 template <class T>
@@ -540,7 +565,7 @@ class RowsPoolBackward {
     } else {
       sums_of_tiles(coefficients.data());
     }
-    each_tile(args_, split_, Walk::reverse, [&](std::int64_t, const Tile& t) {
+    each_tile(args_, split_, Walk::forward, [&](std::int64_t, const Tile& t) {
       TilePoolBackward<T> tile(args_, shares_.outputs(t), t);
       write(tile, t, coefficients.data());
     });
@@ -575,7 +600,7 @@ class RowsPoolBackward {
       constant.values[c] = static_cast<S>(coefficients[t.channel + c].constant);
     }
     const ImageRows rows = shares_.inputs(t);
-    for (std::int64_t row = rows.end - 1; row >= rows.begin; --row) tile.write(row, by_deviation, constant, streaming_);
+    for (std::int64_t row = rows.begin; row < rows.end; ++row) tile.write(row, by_deviation, constant, streaming_);
   }
 
   const PoolBackwardArgs& args_;

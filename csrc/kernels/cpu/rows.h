@@ -28,20 +28,22 @@ class RowSplit {
  public:
   std::int64_t tiles, blocks;
 
+  static constexpr std::int64_t kMostTiles = 64;
+
   // `twice`: a walk for sums, then one back.
-  RowSplit(const Geometry& g, bool twice)
+  RowSplit(const Geometry& g, bool twice, std::int64_t most_tiles = kMostTiles)
       : rows_(g.runs()),
         channels_(g.channels),
         positions_(g.positions_per_run()),
         whole_row_(g.rows && positions_ > 1) {
-    constexpr std::int64_t kElementsPerTile = 64 * 1024, kMostTiles = 64, kNarrowest = 64;
+    constexpr std::int64_t kElementsPerTile = 64 * 1024, kNarrowest = 64;
     // A block starts at a multiple of 16 columns, so that its vectors are aligned where the row is, or at least at a
     // multiple of 8, so that no two blocks share a byte of a bit mask.
     const std::int64_t sixteen = 16 * positions_ <= kBlockColumns ? 16 : 8;
     const std::int64_t granule = whole_row_ ? channels_ : positions_ > 1 ? sixteen : kNarrowest;
     channels_each_ = whole_row_ ? channels_ : kBlockColumns / (granule * positions_) * granule;
     channels_each_ = smaller(channels_each_, channels_);
-    tiles = smaller(rows_ * channels_each_ * positions_ / kElementsPerTile, kMostTiles);
+    tiles = smaller(rows_ * channels_each_ * positions_ / kElementsPerTile, most_tiles);
     if (twice && !g.rows && positions_ > 1 && fits_in_blocks()) {
       tiles = 1;
     } else if (tiles <= 1) {

@@ -85,7 +85,7 @@ __device__ __forceinline__ void pool_strips(const PooledForwardArgs& args, const
 // Forward in one kernel: each channel has one block, or the blocks of a cluster, each of which keeps its planes in
 // shared memory from the sums to the pooling.
 template <class T, int kTile, Activations kWhich>
-__global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(false))
+__global__ void __launch_bounds__(max_threads(sizeof(T)), pool_blocks_on_chip(sizeof(T)))
     planes_pool_forward_on_chip(const PooledForwardArgs args, const PlanesWalk walk, const PlanesPoolWalk pooling) {
   using S = Compute<T>;
   using Shared = PlanesShared<ChannelAffine<S>>;
