@@ -101,11 +101,25 @@ def _shape(context: click.Context, parameter: click.Parameter, value: str | None
     return tuple(int(size) for size in sizes)
 
 
-def explanation(shape: tuple[int, ...], dtype: str, layout: str, act: str) -> str:
+def _pool(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, int] | None:
+    """The numbers of ``--pool``."""
+    if value is None:
+        return None
+    numbers = value.split(",")
+    if not 1 <= len(numbers) <= 3 or not all(number.strip().isdecimal() for number in numbers):
+        raise click.BadParameter(f"{value!r} should be a kernel size, stride and padding with commas between, as 5,3,2")
+    return dict(zip(("kernel_size", "stride", "padding"), map(int, numbers), strict=False))
+
+
+def explanation(shape: tuple[int, ...], dtype: str, layout: str, act: str, pool: dict[str, int] | None) -> str:
     """What ``--explain`` prints."""
     gpu = plans.current_gpu()
-    rows = plans.explain(shape, getattr(torch, dtype), layout, act, gpu)
-    title = f"CUDA kernels of {gpu.name} for {'x'.join(map(str, shape))}, {dtype}, {layout}, {act}"
+    try:
+        rows = plans.explain(shape, getattr(torch, dtype), layout, act, gpu, pool)
+    except (ValueError, RuntimeError) as error:  # sizes and a pool that do not go together
+        raise click.UsageError(str(error)) from error
+    what = ", ".join(["x".join(map(str, shape)), dtype, layout, act, *([] if pool is None else [f"pool {pool}"])])
+    title = f"CUDA kernels of {gpu.name} for {what}"
     return f"{title}\n{_table(rows)}"
 
 
@@ -129,6 +143,8 @@ def explanation(shape: tuple[int, ...], dtype: str, layout: str, act: str) -> st
 )
 @click.option("--act", type=click.Choice(sorted(activations.NAMES)), default="relu", show_default=True,
               help="With --explain.")  # fmt: skip
-def info(shape: tuple[int, ...] | None, dtype: str, layout: str, act: str) -> None:
+@click.option("--pool", metavar="KERNEL[,STRIDE[,PADDING]]", callback=_pool,
+              help="With --explain: max-pooling behind the layer.")  # fmt: skip
+def info(shape: tuple[int, ...] | None, dtype: str, layout: str, act: str, pool: dict[str, int] | None) -> None:
     """Shows versions, what was compiled, and which backend serves each op and why."""
-    click.echo(render(collect()) if shape is None else explanation(shape, dtype, layout, act))
+    click.echo(render(collect()) if shape is None else explanation(shape, dtype, layout, act, pool))

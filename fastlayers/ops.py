@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlayers import _library, fakes
+from fastlayers.pooling import Pool
 
 _library.load()
 
@@ -63,10 +64,12 @@ def cuda_plan(
     activation: int,
     training: bool,
     backward: bool,
+    pool: Pool | None,
     gpu: list[int],
 ) -> str:
-    """Which CUDA kernels would run on (N, C, S) elements, in words: see `plans.explain`."""
-    plan: str = _ops.cuda_plan(sizes, rows, dtype, activation, training, backward, gpu)
+    """Which CUDA kernels would run on a tensor of these sizes (N, C, ...), in words: see `plans.explain`."""
+    window, ceil_mode = ((), False) if pool is None else (pool.window, pool.ceil_mode)
+    plan: str = _ops.cuda_plan(sizes, rows, dtype, activation, training, backward, window, ceil_mode, gpu)
     return plan
 
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastlayers import activations, ops
+from fastlayers import activations, ops, pooling
+from fastlayers.pooling import PoolLayer
 
 LAYOUTS = ("contiguous", "channels_last")
 
@@ -43,7 +44,12 @@ def current_gpu() -> Gpu:
 
 
 def explain(
-    shape: Sequence[int], dtype: torch.dtype, layout: str, act: str = "relu", gpu: Gpu | None = None
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    layout: str,
+    act: str = "relu",
+    gpu: Gpu | None = None,
+    pool: PoolLayer = None,
 ) -> list[Explanation]:
     """Which CUDA kernels a layer runs on a tensor of this shape (N, C, ...).
 
@@ -53,20 +59,24 @@ def explain(
         layout: "contiguous" or "channels_last".
         act: a name of `activations.NAMES`.
         gpu: `current_gpu` by default.
+        pool: of one or two dimensions, behind the layer.
 
     Raises:
-        ValueError: another shape, layout or activation.
+        ValueError: another shape, layout, activation or pool.
+        RuntimeError: a pool that leaves nothing of such a tensor.
     """
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"shape should be at least two positive sizes (N, C, ...), not {tuple(shape)}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout should be one of {', '.join(LAYOUTS)}, not {layout!r}")
-    sizes = [shape[0], shape[1], math.prod(shape[2:])]
-    rows = sizes[2] == 1 or (layout == "channels_last" and sizes[1] > 1)
+    resolved = pooling.resolve(pool, len(shape) - 2)
+    if resolved is not None and not resolved.is_fusible:
+        raise ValueError(f"pool: {resolved} has no kernels; allowed: 1 or 2 dimensions, windows of up to 256 elements")
+    rows = math.prod(shape[2:]) == 1 or (layout == "channels_last" and shape[1] > 1)
     code = activations.resolve(act).code
     numbers = list((gpu or current_gpu())[1:])
     passes = (("forward", True, False), ("backward", True, True), ("evaluation", False, False))
     return [
-        Explanation(name, ops.cuda_plan(sizes, rows, dtype, code, training, backward, numbers))
+        Explanation(name, ops.cuda_plan(list(shape), rows, dtype, code, training, backward, resolved, numbers))
         for name, training, backward in passes
     ]

@@ -12,7 +12,7 @@ from torch import Tensor
 import fastlayers as fl
 from fastlayers import autograd, masks, reference
 from fastlayers.activations import resolve
-from tests.cases import Case, case_of, pairwise
+from tests.cases import POOLS, Case, case_of, pairwise, pool_layer
 from tests.layouts import LAYOUTS
 from tests.oracle import check
 
@@ -49,6 +49,32 @@ def _cases() -> list[Case]:
 @pytest.mark.parametrize("case", _cases(), ids=str)
 def test_operators_emulated(case: Case) -> None:
     check(case, CPU)
+
+
+def _pooled_cases() -> list[Case]:
+    factors: dict[str, list[Any]] = {
+        "shape": [(6, 1, 9), (3, 20, 17), (2, 3, 9, 7), (3, 8, 8, 8), (2, 40, 5, 6), (5, 16, 24, 25)],
+        "pool": [name for name in POOLS if name not in ("16/16", "all")],
+        "act": ["identity", "relu", "leaky_relu(-0.5)", "gelu", "hardsigmoid"],
+        "dtypes": [(f32, f32), (f64, f64), (bf16, f32), (bf16, bf16), (f16, f32), (f16, f16)],
+        "layout": list(LAYOUTS),
+        "grad_layout": list(LAYOUTS),
+        "affine": ["both", "none", "no bias", "frozen weight"],
+        "mode": [(True, True, 0.1), (True, True, None), (True, False, 0.1), (False, True, 0.1)],
+        "drop_p": [0.0, 0.3, 1.0],
+    }
+    return [case_of(row) for row in pairwise(factors)]
+
+
+@pytest.mark.parametrize("case", _pooled_cases(), ids=str)
+def test_pooling_operators_emulated(case: Case) -> None:
+    check(case, CPU)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_one_value_of_each_plane_emulated(layout: str) -> None:
+    """Contiguous and channels_last are one memory then; the strides are still those of the input's format."""
+    check(Case((4, 5, 9, 7), pool="all", act="relu", layout=layout, drop_p=0.3), CPU)
 
 
 def _inputs(dtype: torch.dtype, layout: str = "contiguous") -> tuple[Tensor, Tensor, Tensor]:
@@ -125,6 +151,23 @@ def test_second_order_gradients_emulated(act: str, mode: str, with_residual: boo
     assert torch.autograd.gradgradcheck(operator, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_second_order_gradients_of_pooling_emulated(layout: str, training: bool, act: str) -> None:
+    x, weight, bias = _inputs(f64, layout)
+    running = (torch.randn(5, dtype=f64), torch.rand(5, dtype=f64) + 0.5)
+
+    def operator(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return fl.functional.batch_norm_act(
+            x, *running, weight, bias, training=training, momentum=0.0, act=act, drop_p=0.3, pool=pool_layer("3/1/1", 2)
+        )
+
+    assert torch.autograd.gradcheck(operator, (x, weight, bias), fast_mode=True)
+    assert torch.autograd.gradgradcheck(operator, (x, weight, bias), fast_mode=True)
+
+
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("dtype", [f32, bf16])
 @pytest.mark.parametrize("p", [0.4, 1.0])
@@ -153,15 +196,17 @@ def test_dropout_of_elements_emulated(layout: str) -> None:
     assert torch.equal(grad != 0, got != 0)
 
 
+@pytest.mark.parametrize("pool", [None, "5/3/2"])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_empty_batch_emulated(momentum: float | None) -> None:
+def test_empty_batch_emulated(momentum: float | None, pool: str | None) -> None:
     x = torch.randn(0, 4, 5, 5, requires_grad=True)
     running_mean, running_var, count = torch.zeros(4), torch.ones(4), torch.tensor(3)
     weight = torch.ones(4, requires_grad=True)
     y = fl.functional.batch_norm_act(
-        x, running_mean, running_var, weight, training=True, momentum=momentum, num_batches_tracked=count
-    )
-    assert y.shape == x.shape
+        x, running_mean, running_var, weight, training=True, momentum=momentum, num_batches_tracked=count,
+        pool=pool and pool_layer(pool, 2),
+    )  # fmt: skip
+    assert y.shape == (x.shape if pool is None else (0, 4, 2, 2))
     assert count == 4
     assert torch.equal(running_mean, torch.zeros(4))
     y.sum().backward()
@@ -192,3 +237,58 @@ def test_wrong_arguments_emulated(message: str, wrong: dict[str, Any], emulated_
     emulated_ops.batch_norm_act_fwd(**arguments)
     with pytest.raises(RuntimeError, match=message):
         emulated_ops.batch_norm_act_fwd(**arguments | wrong)
+
+
+POOL_WRONG: dict[str, dict[str, Any]] = {
+    "window should have 8 numbers": {"window": [2, 2]},
+    "window should have a kernel, a stride": {"window": [2, 2, 0, 2, 0, 0, 1, 1]},
+    "window should have a padding": {"window": [2, 2, 2, 2, 2, 0, 1, 1]},
+    "window should have at most 256 elements": {"window": [1, 300, 1, 1, 0, 150, 1, 1]},
+    "window should fit into the input": {"window": [7, 2, 2, 2, 0, 0, 1, 1]},
+    "window should leave no output without elements": {"window": [2, 2, 1, 1, 1, 0, 9, 1], "ceil_mode": True},
+    "window and input should be less than": {"window": [2, 2, 2**31, 2, 0, 0, 1, 1]},
+    r"input should be \(N, C, L\) or": {"input": torch.ones(2, 4)},
+    "mask should have an element for each": {"mask": torch.ones(3, dtype=torch.bool)},
+    "not be a seed": {"mask": torch.ones(1, dtype=torch.int64)},
+    "activation should be in": {"activation": 99},
+    "weight should contain 4 elements": {"weight": torch.ones(3)},
+}
+
+
+@pytest.mark.parametrize(("message", "wrong"), POOL_WRONG.items(), ids=str)
+def test_wrong_arguments_of_pooling_emulated(message: str, wrong: dict[str, Any], emulated_ops: Any) -> None:
+    common: dict[str, Any] = {
+        "input": torch.randn(2, 4, 5, 6), "weight": None, "bias": None, "mask": None, "training": True,
+        "activation": 0, "activation_params": [0.0] * 3, "drop_scale": 2.0, "window": [2, 2, 2, 2, 0, 0, 1, 1],
+        "ceil_mode": False,
+    }  # fmt: skip
+    of_forward: dict[str, Any] = {
+        "running_mean": None, "running_var": None, "num_batches_tracked": None, "momentum": 0.1, "eps": 1e-5,
+        "monotone": True, "save": True,
+    }  # fmt: skip
+    forward, backward = emulated_ops.batch_norm_act_pool_fwd, emulated_ops.batch_norm_act_pool_bwd
+    output, mean, invstd, selected, positions = forward(**common | of_forward)
+    of_backward = {
+        "grad_output": torch.ones_like(output), "selected": selected, "positions": positions, "mean": mean,
+        "invstd": invstd, "input_grad": True, "affine_grad": True,
+    }  # fmt: skip
+    backward(**common | of_backward)
+    for operator, own in ((forward, of_forward), (backward, of_backward)):
+        with pytest.raises(RuntimeError, match=message):
+            operator(**common | own | wrong)
+
+
+@pytest.mark.parametrize("name", ["grad_output", "selected", "positions"])
+@pytest.mark.parametrize("change", [lambda t: t[..., 1:], lambda t: t.double()], ids=["shape", "dtype"])
+def test_wrong_saved_tensors_of_pooling_emulated(name: str, change: Any, emulated_ops: Any) -> None:
+    x, window = torch.randn(2, 4, 5, 6), [2, 2, 2, 2, 0, 0, 1, 1]
+    output, mean, invstd, selected, positions = emulated_ops.batch_norm_act_pool_fwd(
+        x, None, None, None, None, None, None, True, 0.1, 1e-5, 0, [0.0] * 3, True, 1.0, window, False, True
+    )
+    saved = {"grad_output": torch.ones_like(output), "selected": selected, "positions": positions}
+    saved[name] = change(saved[name])
+    with pytest.raises(RuntimeError, match=f"{name} should have the"):
+        emulated_ops.batch_norm_act_pool_bwd(
+            saved["grad_output"], x, saved["selected"], saved["positions"], None, None, None, mean, invstd, True, 0,
+            [0.0] * 3, 1.0, window, False, True, True,
+        )  # fmt: skip

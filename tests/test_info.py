@@ -77,6 +77,8 @@ def test_render_aligns_columns() -> None:
             ["128,64,32,32", "--layout", "channels_last", "--dtype", "bfloat16"],
             ("rows_on_chip", "rows_split", "rows_pointwise"),
         ),
+        (["100,256,32,32", "--pool", "5,3,2"], ("planes_on_chip", "planes_split", "planes_pointwise")),
+        (["128,64,28,28", "--pool", "2", "--layout", "channels_last"], ("rows_split", "rows_split", "rows_pointwise")),
     ],
     ids=str,
 )
@@ -90,6 +92,13 @@ def test_explain_wants_a_shape(shape: str) -> None:
     result = CliRunner().invoke(main, ["info", "--explain", shape])
     assert result.exit_code == 2
     assert "128,64,32,32" in result.output
+
+
+@pytest.mark.parametrize("pool", ["", "2,x", "1,2,3,4", "0", "40", "3,1,2", "17"])
+def test_explain_wants_a_pool_that_kernels_take(pool: str) -> None:
+    result = CliRunner().invoke(main, ["info", "--explain", "2,3,32,32", "--pool", pool])
+    assert result.exit_code == 2
+    assert "pool" in result.output or "window" in result.output
 
 
 def test_plans_want_a_shape_and_a_layout() -> None:

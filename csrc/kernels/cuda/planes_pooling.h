@@ -85,7 +85,7 @@ __device__ __forceinline__ void pool_strips(const PooledForwardArgs& args, const
 // Forward in one kernel: each channel has one block, or the blocks of a cluster, each of which keeps its planes in
 // shared memory from the sums to the pooling.
 template <class T, int kTile, Activations kWhich>
-__global__ void __launch_bounds__(max_threads(sizeof(T)), pool_blocks(sizeof(T)))
+__global__ void __launch_bounds__(max_threads(sizeof(T)), pool_blocks_on_chip(sizeof(T)))
     planes_pool_forward_on_chip(const PooledForwardArgs args, const PlanesWalk walk, const PlanesPoolWalk pooling) {
   using S = Compute<T>;
   using Shared = PlanesShared<ChannelAffine<S>>;
@@ -231,7 +231,7 @@ __device__ __forceinline__ void spread_gradients(const PooledBackwardArgs& args,
 // Writes the input's gradient. The second of two kernels, behind planes_backward_sums of what was pooled; or the only
 // one, and `partial` null, where nothing is summed.
 template <class T, int kTile>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, pool_blocks(sizeof(T)))
     planes_pool_backward(const PooledBackwardArgs args, const PlanesWalk walk, const PlanesPoolWalk pooling,
                          const Pair* partial) {
   using S = Compute<T>;
