@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,21 @@ def test_full_disk_loses_what_follows_the_last_checkpoint(
         assert curve(runner.run(small(), machine)) == curve(whole)
     assert begun == list(range(done, 3))
     assert not list(folder.glob(".*"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer
+@pytest.mark.parametrize("kilobytes", [0, 40, 160])
+def test_a_disk_with_too_little_room(kilobytes: int, small_disk: Path, whole: Result) -> None:
+    """A real one: whatever file is the first that does not fit, once there is room the run goes on."""
+    machine = runner.Machine(out=small_disk, progress=False)
+    ballast = small_disk / "ballast"
+    room = shutil.disk_usage(small_disk).free
+    ballast.write_bytes(bytes(room - kilobytes * 1024))
+    (finished,) = sweep.in_turn([small()], machine, lambda _: None)
+    assert finished.outcome == "failed"
+    assert "No space left on device" in finished.reason
+    ballast.unlink()
+    assert curve(runner.run(small(), machine)) == curve(whole)
 
 
 @pytest.mark.parametrize("place", ["on_train_batch_start", "on_validation_epoch_end", "on_train_epoch_end"])

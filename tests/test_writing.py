@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import random
 import stat
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -103,20 +102,6 @@ def test_kill_in_the_middle_of_writing(times: int, tmp_path: Path) -> None:
         assert content == content[:1] * 3_000_000
     remove_partials(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} <= {"file", "script.py"}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"needs to mount a tmpfs: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_disk_that_is_full(small_disk: Path) -> None:
