@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlayers.writing import write_whole
+from fastlayers_benchmarks.cases import DTYPES, LAYOUTS, PHASES
 from fastlayers_benchmarks.contenders import EAGER
 from fastlayers_benchmarks.timing import Quantiles, outliers, quantiles
 
@@ -23,8 +24,16 @@ STEP = "training step"  # the phase of what is not a single layer
 
 # The full grid, with hundreds of rounds.
 _MOST_BYTES = 256 << 20
-# By whether a row is of a step: what its `about` has at least.
-_ABOUT = {False: {"shape", "layout", "dtype", "drop_p", "act", "residual"}, True: {"model", "layout"}}
+# What a row's `about` has at least, of which type or among which values; that of a step has less.
+_ABOUT: dict[str, Any] = {
+    "layout": tuple(LAYOUTS),
+    "shape": list[int],
+    "dtype": tuple(DTYPES),
+    "drop_p": float,
+    "act": str,
+    "residual": bool,
+}
+_ABOUT_STEP: dict[str, Any] = {"layout": tuple(LAYOUTS), "model": str}
 
 
 class RecordError(ValueError):
@@ -203,7 +212,7 @@ def merged(records: Sequence[Record]) -> Record:
         dataclasses.replace(setting, rows=[row for record in records for row in record.settings[i].rows])
         for i, setting in enumerate(first.settings)
     ]
-    options = first.options | {"only": "; ".join(dict.fromkeys(record.options["only"] for record in records))}
+    options = first.options | {"only": "; ".join(dict.fromkeys(str(record.options.get("only", "")) for record in records))}
     return dataclasses.replace(first, options=options, settings=settings)
 
 
@@ -214,23 +223,27 @@ def _check_row(row: Row) -> None:
         raise RecordError(f"{row.case}, {row.phase}: expected as many samples of each contender")
     if not all(0 < sample < math.inf for each in samples for sample in each):
         raise RecordError(f"{row.case}, {row.phase}: expected samples above 0, in seconds")
-    missing = _ABOUT[row.phase == STEP] - row.about.keys()
-    if missing:
-        raise RecordError(f"{row.case}, {row.phase}: expected what it is about, found no {', '.join(sorted(missing))}")
+    _typed((*PHASES, STEP), row.phase, "phase")
+    for name, kind in (_ABOUT_STEP if row.phase == STEP else _ABOUT).items():
+        _typed(kind, row.about.get(name), f"{row.case}, about.{name}")
 
 
 def _typed(kind: Any, content: Any, where: str) -> Any:
-    """What JSON holds as an object of a type, such as a dataclass of lists of dataclasses.
+    """What JSON holds as an object of a type, such as a dataclass of lists of dataclasses, or as one of some values.
 
     Raises RecordError, which names the place, where it is of another type.
     """
     if kind is Any:
         return content
+    if isinstance(kind, tuple):
+        if content not in kind:
+            raise RecordError(f"{where}: expected one of {', '.join(kind)}, found {content!r:.40}")
+        return content
     if isinstance(kind, types.UnionType):  # T | None
         return None if content is None else _typed(typing.get_args(kind)[0], content, where)
     outer: Any = typing.get_origin(kind) or kind
     expected: Any = dict if dataclasses.is_dataclass(outer) else (int, float) if outer is float else outer
-    if not isinstance(content, expected) or isinstance(content, bool):
+    if not isinstance(content, expected) or isinstance(content, bool) != (outer is bool):
         raise RecordError(f"{where or 'the file'}: expected {getattr(kind, '__name__', kind)}, found {content!r:.40}")
     if dataclasses.is_dataclass(outer):
         hints = typing.get_type_hints(outer)
