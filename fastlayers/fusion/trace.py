@@ -167,7 +167,7 @@ def _no_compilation() -> AbstractContextManager[object]:
 @contextmanager
 def _no_functions_of_autograd(watch: _Watch, here: _Here) -> Iterator[None]:
     """Refuses calls of an autograd.Function where `here`: some versions of torch (2.15) crash when given proxies."""
-    function = torch.autograd.Function
+    function: Any = torch.autograd.Function  # to the checker, methods cannot be set
     before = function.__dict__["apply"]
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
