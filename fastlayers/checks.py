@@ -8,6 +8,8 @@ from torch import Tensor
 from fastlayers import masks
 from fastlayers.dtypes import SUPPORTED
 
+Vectors = tuple[tuple[str, Tensor | None], ...]
+
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -59,6 +61,8 @@ def batch_norm_input(input: Tensor, training: bool, eps: float) -> None:
             f"\"batch_norm\" not implemented for '{_torch_name(input.dtype)}' "
             f"(input: layout {input.layout}, dtype {input.dtype}; allowed: torch.strided and {_names(SUPPORTED)})"
         )
+    if not isinstance(eps, float | int | torch.SymFloat):
+        raise TypeError(f"batch_norm(): argument 'eps' must be float, not {type(eps).__name__} (eps: {eps!r})")
     if not training:
         if eps < 0.0:
             raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
@@ -95,6 +99,17 @@ def num_features(input: Tensor, num_features: int) -> None:
         )
 
 
+def tensors(input: Tensor, optional: Vectors, function: str = "batch_norm") -> None:
+    """Raises what torch raises for an `input` that is no tensor, and for others that are neither that nor None."""
+    for name, value in (("input", input), *((n, v) for n, v in optional if v is not None)):
+        if not isinstance(value, Tensor):
+            allowed = "a tensor" if name == "input" else "a tensor or None"
+            raise TypeError(
+                f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__} "
+                f"({name}: {value!r}; allowed: {allowed})"
+            )
+
+
 def running_statistics(
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -122,7 +137,11 @@ def running_statistics(
         )
 
 
-Vectors = tuple[tuple[str, Tensor | None], ...]
+def _strided(name: str, values: Tensor) -> None:
+    if values.layout != torch.strided:
+        raise NotImplementedError(
+            f'"batch_norm" not implemented for {values.layout} ({name}: layout {values.layout}; allowed: torch.strided)'
+        )
 
 
 def channel_sizes(input: Tensor, vectors: Vectors) -> None:
@@ -131,6 +150,7 @@ def channel_sizes(input: Tensor, vectors: Vectors) -> None:
     for name, values in vectors:
         if values is None:
             continue
+        _strided(name, values)
         if values.dim() != 1 or values.shape[0] != channels:
             rank = f"input: expected at least 2 dimensions (N, C, ...), but got {input.dim()}"
             raise RuntimeError(
@@ -168,6 +188,7 @@ def residual(residual: Tensor | None, input: Tensor) -> None:
     """Raises what adding `residual` to `input` would raise, and where it would broadcast or promote."""
     if residual is None:
         return
+    _strided("residual", residual)
     if residual.device != input.device:
         raise RuntimeError(
             f"Tensor on device {residual.device} is not on the expected device {input.device}! "

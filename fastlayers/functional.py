@@ -12,6 +12,7 @@ from torch import Tensor
 from fastlayers import activations, autograd, backends, checks, collectives, masks, reference, synchronised, unfused
 from fastlayers.activations import ActLayer
 from fastlayers.collectives import Status
+from fastlayers.dtypes import SUPPORTED
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,6 +68,7 @@ def batch_norm_act(
     activation = activations.resolve(act, act_kwargs)
     stochastic = training if stochastic is None else stochastic
     vectors = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
+    checks.tensors(input, (*vectors, ("residual", residual), ("num_batches_tracked", num_batches_tracked)))
     checks.running_statistics(running_mean, running_var, num_batches_tracked, training, momentum)
     checks.channel_sizes(input, vectors)
     checks.batch_norm_input(input, training, eps)
@@ -145,6 +147,7 @@ def sync_batch_norm_act(
     try:
         activation = activations.resolve(act, act_kwargs)
         vectors = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
+        checks.tensors(input, (*vectors, ("residual", residual), ("num_batches_tracked", num_batches_tracked)))
         checks.running_statistics(running_mean, running_var, num_batches_tracked, True, momentum)
         checks.sync_batch_norm_shape(input)
         checks.channel_sizes(input, vectors)
@@ -252,9 +255,10 @@ def _dropout(
     mode: str,
     batched: bool = True,
 ) -> Tensor:
+    checks.tensors(input, (), "dropout")
     checks.dropout_probability(p)
-    if inplace:
-        return torch_version(input, p, training, True)
+    if inplace or (p == 1 and input.dtype not in SUPPORTED):  # of which torch makes zeros
+        return torch_version(input, p, training, inplace)
     if not batched:
         return _drop(input.unsqueeze(0), p, mode, training).squeeze(0)
     return _drop(input, p, mode, training)

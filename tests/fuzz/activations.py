@@ -94,4 +94,3 @@ acts: st.SearchStrategy[Act] = st.one_of(
         _with("Softplus", _among(2.0, 0.5, -1.0), _among(20.0, 5.0, 0.0, -5.0)),
     ),
 )
-

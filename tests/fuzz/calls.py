@@ -97,16 +97,17 @@ def _layer(t: Tensors) -> nn.Module:
     return layer
 
 
-def check(problem: Problem, operator: Operator = by_function, kernels: bool = True) -> None:
+def check(problem: Problem, operator: Operator = by_function, kernels: bool = True, gpu: bool = False) -> None:
     """Runs a call and compares everything that comes of it.
 
     Args:
         problem: drawn by `problems`.
         operator: what runs it.
         kernels: whether that is certainly our kernels, whose results have the input's layout and their own memory.
+        gpu: whether they are those for GPUs.
     """
     with as_set(problem):
-        tensors = make(problem)
+        tensors = make(problem, gpu)
         rounding = judge.Rounding(tensors, kernels)
         if not any("grad_output" in pair for pair in problem.same):
             tensors.memories["grad_output"].zero(rounding.near_kink)
@@ -119,5 +120,3 @@ def check(problem: Problem, operator: Operator = by_function, kernels: bool = Tr
                 assert judge.same_layout(results[name], tensors.input), f"{name}: strides {results[name].stride()}"
         expected, theirs = judge.run(judge.exact, copies[0]), judge.run(judge.eager, copies[1])
         judge.Judge(rounding, expected, theirs).compare(results)
-
-

@@ -15,7 +15,10 @@ _TAIL = 3
 
 @dataclass(frozen=True)
 class Place:
-    """Strides and storage offset. `negated` tensors hold the negated values and a flag that says so, as ``z.conj().imag``."""
+    """Strides and storage offset.
+
+    A `negated` tensor holds negated values and a flag that says so, as `z.conj().imag`.
+    """
 
     strides: tuple[int, ...]
     offset: int = 0

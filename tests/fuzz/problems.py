@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastlayers as fl
+from fastlayers import masks
 from tests.conftest import CAPABILITIES
 from tests.fuzz import memory, values
 from tests.fuzz.activations import Act, acts
@@ -22,11 +23,14 @@ f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 SOURCES = ("input", "residual", "weight", "bias")
 
 
+ORDINARY, IDENTITY = Values(), Act()
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a tensor holds, and where."""
 
-    values: Values = Values()
+    values: Values = ORDINARY
     place: Place | None = None
 
     def make(self, shape: tuple[int, ...], dtype: torch.dtype) -> Memory:
@@ -55,12 +59,15 @@ class Problem:
     residual: Spec | None = None
     weight: Spec | None = Spec(Values(2, ((1.0, 0.3),)), Place((1,)))
     bias: Spec | None = Spec(Values(3), Place((1,)))
-    running: tuple[Spec, Spec] | None = (Spec(Values(4), Place((1,))), Spec(Values(5, ((2.0, 0.5),), (), True), Place((1,))))
+    running: tuple[Spec, Spec] | None = (
+        Spec(Values(4), Place((1,))),
+        Spec(Values(5, ((2.0, 0.5),), (), True), Place((1,))),
+    )
     batches: int | None = 3
     training: bool = True
     momentum: float | None = 0.1
     eps: float = 1e-5
-    act: Act = Act()
+    act: Act = IDENTITY
     drop_p: float = 0.0
     drop_mode: str = "channel"
     stochastic: bool | None = None
@@ -118,8 +125,13 @@ class Tensors:
         return fresh
 
 
-def make(problem: Problem) -> Tensors:
-    """The tensors of `problem`; always the same values for the same problem."""
+def make(problem: Problem, gpu: bool = False) -> Tensors:
+    """The tensors of `problem`; always the same values for the same problem.
+
+    Args:
+        problem: the call.
+        gpu: whether kernels for GPUs drop elements, by numbers of their own.
+    """
     p, channels = problem, (problem.shape[1],)
     memories: dict[str, Memory] = {
         "input": p.input.make(p.shape, p.dtype),
@@ -147,18 +159,22 @@ def make(problem: Problem) -> Tensors:
     batches = None if p.batches is None or p.running is None else torch.tensor(p.batches)
     return Tensors(
         problem, tensors["input"], tensors["grad_output"], **optional,
-        num_batches_tracked=batches, mask=_mask(p, tensors["input"]), memories=memories,
+        num_batches_tracked=batches, mask=_mask(p, tensors["input"], gpu), memories=memories,
     )  # fmt: skip
 
 
-def _mask(p: Problem, input: Tensor) -> Tensor | None:
-    """Which elements torch's dropout keeps, of the shape of the input."""
+def _mask(p: Problem, input: Tensor, gpu: bool) -> Tensor | None:
+    """Which elements torch's dropout keeps, of the shape of the input; or that of the kernels for GPUs."""
     if not p.drops or p.drop_p == 0 or input.numel() == 0:
         return None
     torch.manual_seed(p.seed)
+    if gpu and p.drop_mode == "element":
+        seed = masks.draw_for_gpu_kernels(input.detach(), p.drop_p, p.drop_mode, True)
+        assert seed is not None
+        return fl.reference.element_mask(seed, input.detach(), masks.scale(p.drop_p))
     ones = torch.ones_like(input.detach())
-    drawn = torch.dropout(ones, p.drop_p, True) if p.drop_mode == "element" else torch.feature_dropout(ones, p.drop_p, True)
-    return drawn != 0
+    drop = torch.dropout if p.drop_mode == "element" else torch.feature_dropout
+    return drop(ones, p.drop_p, True) != 0
 
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 129)
@@ -182,9 +198,7 @@ def shapes(draw: st.DrawFn, most: int = 3000, ranks: tuple[int, int] = (2, 6)) -
 
 
 @st.composite
-def specs(
-    draw: st.DrawFn, shape: tuple[int, ...], content: st.SearchStrategy[Values], negated: bool = True
-) -> Spec:
+def specs(draw: st.DrawFn, shape: tuple[int, ...], content: st.SearchStrategy[Values], negated: bool = True) -> Spec:
     """A tensor of full size, `negated` at times."""
     return Spec(draw(content), draw(memory.places(shape, negated)))
 
@@ -210,7 +224,9 @@ def available(name: str) -> bool:
 
 
 @st.composite
-def problems(draw: st.DrawFn, most: int = 3000, probabilities: tuple[float, ...] = (0.0, 0.3, 0.5, 1.0, 0.9999)) -> Problem:
+def problems(
+    draw: st.DrawFn, most: int = 3000, probabilities: tuple[float, ...] = (0.0, 0.3, 0.5, 1.0, 0.9999)
+) -> Problem:
     """Every valid call there is, as far as its tensors have at most `most` elements."""
     dtype, param_dtype = draw(dtypes())
     training = draw(st.booleans())
@@ -222,12 +238,23 @@ def problems(draw: st.DrawFn, most: int = 3000, probabilities: tuple[float, ...]
         stochastic = drops = False
     vector = lambda *args, **kw: draw(st.none() | vectors(*args, **kw))  # noqa: E731
     tracks = not training or draw(st.booleans())
-    running = (draw(vectors(0.0, 1.0, overlapping=not training)), draw(vectors(2.0, 0.5, True, overlapping=not training)))
+    running = (
+        draw(vectors(0.0, 1.0, overlapping=not training)),
+        draw(vectors(2.0, 0.5, True, overlapping=not training)),
+    )
     batches = draw(st.none() | st.integers(0, 3))
     momenta = (0.1, 0.1, 0.0, 1.0, 0.37, -0.5, 3) + ((None,) if batches is not None or not training else ())
     epsilons = (1e-5, 1e-5, 1e-3, 1.0, 1e-12, 1e-38, 1e-60, 1e6) + (() if training else (0.0,))
     residual = draw(st.none() | specs(shape, values.full_size(dtype)))
-    same = draw(st.frozensets(st.sampled_from((("residual", "input"), ("bias", "weight"), ("grad_output", "input"))), max_size=1)) if draw(st.integers(0, 4)) == 4 else frozenset()
+    same = (
+        draw(
+            st.frozensets(
+                st.sampled_from((("residual", "input"), ("bias", "weight"), ("grad_output", "input"))), max_size=1
+            )
+        )
+        if draw(st.integers(0, 4)) == 4
+        else frozenset()
+    )
     return Problem(
         shape=shape, dtype=dtype, param_dtype=param_dtype,
         input=draw(specs(shape, values.full_size(dtype))),

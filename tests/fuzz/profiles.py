@@ -14,6 +14,14 @@ from hypothesis import HealthCheck, settings
 #: Examples of a property of share 1.
 NORMAL, LONG = 60, 6000
 
+# Examples are large on purpose.
+_ALLOWED = (
+    HealthCheck.too_slow,
+    HealthCheck.data_too_large,
+    HealthCheck.large_base_example,
+    HealthCheck.function_scoped_fixture,
+)
+
 judged: Counter[str] = Counter()
 
 
@@ -21,9 +29,9 @@ def register() -> None:
     """Makes the profiles known to hypothesis, and loads the ordinary one."""
     common: dict[str, Any] = {
         "deadline": None,
-        "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example, HealthCheck.function_scoped_fixture],
+        "suppress_health_check": _ALLOWED,
         "print_blob": True,
-    }  # fmt: skip
+    }
     settings.register_profile("normal", max_examples=NORMAL, derandomize=True, database=None, **common)
     settings.register_profile("long", max_examples=LONG, **common)
     settings.load_profile("normal")

@@ -54,7 +54,9 @@ def _calls(draw: st.DrawFn) -> Call:
         dtype=dtype,
         input=draw(specs(shape, values.full_size(floats), negated=dtype.is_floating_point)),
         grad_output=draw(specs(shape, values.gradients(floats))),
-        p=draw(st.sampled_from((-0.1, 1.1, NAN, INF)) if wrong else st.sampled_from((0.0, 0.1, 0.5, 0.9999, 1.0, 1, 0))),
+        p=draw(
+            st.sampled_from((-0.1, 1.1, NAN, INF)) if wrong else st.sampled_from((0.0, 0.1, 0.5, 0.9999, 1.0, 1, 0))
+        ),
         training=draw(st.integers(0, 4)) > 0,
         inplace=draw(st.integers(0, 4)) == 4,
         layer=draw(st.booleans()),
@@ -96,7 +98,9 @@ def _assert_dropped(got: Tensor, given_: Tensor, theirs: Tensor, kept: Tensor, c
     assert not got[~kept].any() or not _is_ours(call)
     scale = _scale(call)
     exact = given_.double() * scale
-    assert torch.equal(kinds(got[kept]), kinds(exact.to(got.dtype)[kept])) or torch.equal(kinds(got[kept]), kinds(theirs[kept]))
+    assert torch.equal(kinds(got[kept]), kinds(exact.to(got.dtype)[kept])) or torch.equal(
+        kinds(got[kept]), kinds(theirs[kept])
+    )
     info = torch.finfo(got.dtype)
     error, their_error = ((t.double() - exact).abs() for t in (got, theirs))
     allowed = 2 * their_error.nan_to_num(0, 0) + info.eps * exact.abs() + info.eps * info.smallest_normal
@@ -167,5 +171,3 @@ def _check_gradients(call: Call, leaves: list[Tensor], got: Tensor, reference: T
     (twice,) = torch.autograd.grad(got, leaves[0], again, create_graph=True)
     (second,) = torch.autograd.grad(twice, again, torch.ones_like(twice))
     _assert_dropped(second, torch.ones_like(second), kept * torch.tensor(_scale(call), dtype=second.dtype), kept, call)
-
-
