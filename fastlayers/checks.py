@@ -41,7 +41,7 @@ def drop_mode(mode: str) -> None:
 
 def dropout_input(input: Tensor) -> None:
     """Raises what torch's dropout raises for an input that it cannot draw for or scale."""
-    if input.dtype in SUPPORTED:
+    if input.dtype in SUPPORTED or input.numel() == 0:
         return
     name = _torch_name(input.dtype)
     allowed = f"input: dtype {input.dtype}; allowed: {_names(SUPPORTED)}"
@@ -63,6 +63,8 @@ def batch_norm_input(input: Tensor, training: bool, eps: float) -> None:
             f"(input: layout {input.layout}, dtype {input.dtype}; allowed: torch.strided and {_names(SUPPORTED)})"
         )
     if not training:
+        if eps < 0.0:
+            raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
         return
     positive_eps(eps)
     channels = input.shape[1]

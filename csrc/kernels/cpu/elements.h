@@ -142,7 +142,7 @@ InputGradient finish_sums(const BackwardArgs& args, std::int64_t c, GradientSums
   if (args.grad_bias) args.grad_bias[c] = sums.grad;
   if (!args.training) return {};
   const auto count = static_cast<double>(args.geometry.count_per_channel());
-  return InputGradient::training(args.weight[c] * args.invstd[c], args.invstd[c], rest, count, sums);
+  return InputGradient::training(args.invstd[c], rest, count, sums);
 }
 
 // float sums are exact enough over this many additions; then they are carried over to double.

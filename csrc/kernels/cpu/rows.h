@@ -124,6 +124,13 @@ struct Columns {
     }
   }
 
+  // Calls f(i) for the columns i of channel c.
+  template <class F>
+  FL_INLINE void each(const Tile& t, std::int64_t c, F&& f) const {
+    const std::int64_t step = adjacent ? 1 : t.channels;
+    for (std::int64_t k = 0, i = first(c); k < positions; ++k, i += step) f(i);
+  }
+
   // The first column of channel c of the tile.
   FL_INLINE std::int64_t first(std::int64_t c) const { return adjacent ? c * positions : c; }
 
@@ -249,6 +256,18 @@ struct TileMoments {
     for (std::int64_t i = 0; i < width; i += kLanes) zero += squares.at(i) - squares.at(i);
     return std::isfinite(sum_of_lanes<double>(zero));
   }
+
+  // Takes over what `other` has of the channels that are not finite here.
+  void replace_non_finite(const TileMoments& other, const Columns& columns, const Tile& t) {
+    for (std::int64_t c = 0; c < t.channels; ++c) {
+      if (columns.sum(t, c, squares, [](auto x) { return x - x; }) == 0) continue;
+      columns.each(t, c, [&](std::int64_t i) {
+        origin.values[i] = other.origin.values[i];
+        mean.values[i] = other.mean.values[i];
+        squares.values[i] = other.squares.values[i];
+      });
+    }
+  }
 };
 
 // Sums of (x - shift) and its square for each column of a tile, in vectors of A: float, or double where float
@@ -368,7 +387,8 @@ TileMoments tile_moments(const Source& x, const Tile& tile, const Columns& colum
   if (m.is_finite()) return m;
   // Squares beyond the range of float, or something that is not finite in x: double tells which.
   if constexpr (sizeof(Compute<T>) < sizeof(double)) m = tile_moments<T, double>(x, tile, columns);
-  return m.is_finite() ? m : tile_moments_of_non_finite<T>(x, tile);
+  if (!m.is_finite()) m.replace_non_finite(tile_moments_of_non_finite<T>(x, tile), columns, tile);
+  return m;
 }
 
 template <class Args>
