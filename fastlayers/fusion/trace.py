@@ -23,7 +23,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -155,8 +155,31 @@ def _where(here: _Here, hook: Callable[..., Any], otherwise: Callable[..., Any])
 
 
 @contextmanager
+def _no_functions_of_autograd(watch: _Watch, here: _Here) -> Iterator[None]:
+    """Refuses calls of an autograd.Function where `here`: some versions of torch (2.15) crash when given proxies."""
+    function = torch.autograd.Function
+    before = function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if here:
+            watch.refuse("calls an autograd.Function")
+        return before.__get__(None, cls)(*args, **kwargs)
+
+    try:
+        function.apply = classmethod(apply)
+        yield
+    finally:
+        here.thread = None
+        function.apply = before
+
+
+@contextmanager
 def _said_to_trace(here: _Here) -> Iterator[None]:
     """Tells torch.compile, which refuses to be traced, that torch.fx traces; in other threads it may run."""
+    if hasattr(fx_trace, "_is_fx_tracing_context"):  # from torch 2.15 on, of each thread its own
+        with fx_trace._is_fx_tracing_context(True):
+            yield
+        return
     before = fx_trace._is_fx_tracing_flag
     try:
         # A bool to the checker; it is asked for its truth only.
@@ -241,7 +264,11 @@ class _Tracer(fx.Tracer):
             fx_trace._patch_wrapped_functions(patcher)
             for names in (forward.__globals__, *(module.__dict__ for module in self._autowrap_search)):
                 fx_trace._autowrap_check(patcher, names, self._autowrap_function_ids)
-            with self.watch.active(), _methods_of_modules(hooks, here):
+            with (
+                self.watch.active(),
+                _no_functions_of_autograd(self.watch, here),
+                _methods_of_modules(hooks, here),
+            ):
                 yield
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -322,8 +349,12 @@ class _Tracer(fx.Tracer):
 class _NoRealTensors(TorchDispatchMode):
     """Refuses to compute: a result on real tensors would be a constant of the graph, or decide what is in it."""
 
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise TraceError(f"it calls {func} on tensors that do not depend on its inputs")
+        self.watch.refuse(f"calls {func} on tensors that do not depend on its inputs")
 
 
 class _Watch:
@@ -358,7 +389,7 @@ class _Watch:
             if isinstance(profile, _lsprof.Profiler):  # cProfile's, which sys.setprofile cannot put back
                 profile.disable()
             sys.setprofile(self._audit)
-            with _NoRealTensors():
+            with _NoRealTensors(self):
                 yield
         finally:
             sys.setprofile(None if isinstance(profile, _lsprof.Profiler) else profile)
@@ -370,6 +401,11 @@ class _Watch:
             self.violation = self.violation or "it draws random numbers of Python or NumPy"
         if self.violation is not None:
             raise TraceError(self.violation)
+
+    def refuse(self, effect: str) -> NoReturn:
+        """Ends the tracing for the first effect that was seen: what follows, a checkpoint's say, may be torch's own."""
+        self.violation = self.violation or f"it {effect}"
+        raise TraceError(self.violation)
 
     def guards(self) -> tuple[Guard, ...]:
         found = [
