@@ -87,6 +87,36 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def torch_fills_with_nan() -> Iterator[None]:
+    """So that results that nobody wrote show."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def triton_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has the Triton kernels serve the test, in the interpreter with canaries around all that they are given."""
+    from tests import interpreted
+
+    if device.type == "cpu":
+        interpreted.put_canaries(monkeypatch)
+    with interpreted.served(device):
+        yield
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Has the tensors of a test take one of `tests.interpreted.WAYS`."""
+    from tests import interpreted
+
+    interpreted.use(request.param, monkeypatch)
+    yield request.param
+    monkeypatch.undo()
+    interpreted.forget()
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)

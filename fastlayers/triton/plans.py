@@ -38,7 +38,7 @@ ELEMENTS_PER_THREAD = {2: 16, 4: 16, 8: 4}
 # than an element of other passes. And the columns of such tiles in planes: elements are written 64 bytes at least.
 WINDOWS = {2: 1024, 4: 1024, 8: 512}
 WINDOWS_PER_THREAD = {2: 8, 4: 8, 8: 4}
-COLUMNS_OF_WINDOWS = (4, 128)
+COLUMNS_OF_WINDOWS = (8, 128)
 COLUMNS_OF_ELEMENTS = (16, 128)
 
 # Programs that a pass is to have at least, if there is work for them: some for each processor of a large GPU.

@@ -56,9 +56,15 @@ def _pooled_unit(VEC, ROWS):
 
 
 @triton.constexpr_function
-def _windows(KERNEL, STRIDE, DILATION):
-    """How many windows may have an element, along one axis."""
+def _reach(KERNEL, STRIDE, DILATION):
+    """How many windows reach over an element, along one axis."""
     return (KERNEL - 1) * DILATION // STRIDE + 1
+
+
+@triton.constexpr_function
+def _windows(KERNEL, STRIDE, DILATION):
+    """How many of them may have it: not more than elements of a window."""
+    return min((KERNEL - 1) * DILATION // STRIDE + 1, KERNEL)
 
 
 @triton.jit
@@ -317,16 +323,24 @@ def whole_pool(
 def _window(
     i, back, count, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr
 ):  # fmt: skip
-    """Along one axis, the window that begins `back` windows before the last one that may have element i.
+    """Along one axis, of the windows that may have element i the one number `back` from behind.
 
     Its index, or another's that exists if there is none; and the element's number in it, or NOWHERE.
     """
-    last = (i + PADDING) // STRIDE
-    window, apart = last - back, i + PADDING - last * STRIDE + back * STRIDE
-    has = (window >= 0) & (window < count) & (apart <= (KERNEL - 1) * DILATION)
-    if DILATION > 1:
-        has = has & (apart % DILATION == 0)
-    return tl.minimum(tl.maximum(window, 0), count - 1), tl.where(has, apart // DILATION, NOWHERE)
+    if _reach(KERNEL, STRIDE, DILATION) <= KERNEL:
+        last = (i + PADDING) // STRIDE
+        window, apart = last - back, i + PADDING - last * STRIDE + back * STRIDE
+        number = apart // DILATION
+        has = (window >= 0) & (apart <= (KERNEL - 1) * DILATION)
+        if DILATION > 1:
+            has = has & (number * DILATION == apart)
+    else:
+        # By the numbers that the element may have.
+        number, begin = back, i + PADDING - back * DILATION
+        window = begin // STRIDE
+        has = (begin >= 0) & (window * STRIDE == begin)
+    has = has & (window < count)
+    return tl.minimum(tl.maximum(window, 0), count - 1), tl.where(has, number, NOWHERE)
 
 
 @triton.jit
