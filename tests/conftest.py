@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +17,7 @@ import pytest
 import torch
 
 import fastlayers as fl
+from fastlayers import writing
 from tests.fuzz import profiles
 
 CAPABILITIES = ("avx512", "avx2", "baseline")
@@ -171,3 +175,22 @@ def _imported(module: str, folder: Path) -> ModuleType:
         return importlib.import_module(module)
     finally:
         sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """After so many more files that are written whole, a disk has no room: half of a file is there, then an error."""
+
+    def fill(files: int) -> None:
+        left = [files]
+
+        def sync(descriptor: int) -> None:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                left[0] -= 1
+                if left[0] < 0:
+                    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(writing.os, "fsync", sync)
+
+    return fill

@@ -18,6 +18,7 @@ from torch import fx, nn
 from fastlayers.fusion import match, table
 from fastlayers.fusion.chain import KnownBlock, Step
 from fastlayers.fusion.install import Fusion, Program, Variant, problem_of_class
+from fastlayers.fusion.interrupts import uninterrupted
 from fastlayers.fusion.match import Match
 from fastlayers.fusion.trace import Kinds, Traced, TraceError, runs_its_forward, trace
 
@@ -277,13 +278,14 @@ def _copied(found: Match, copies: dict[fx.Node, fx.Node]) -> Match:
 def _training(module: nn.Module, mode: bool) -> Iterator[None]:
     """Sets the mode of all of `module`, whose hooks and overrides of ``train`` are not to notice."""
     saved = [(m, m.training) for m in module.modules() if "training" in m.__dict__]
-    try:
-        for m, _ in saved:
-            m.__dict__["training"] = mode
-        yield
-    finally:
-        for m, training in saved:
-            m.__dict__["training"] = training
+    with uninterrupted():
+        try:
+            for m, _ in saved:
+                m.__dict__["training"] = mode
+            yield
+        finally:
+            for m, training in saved:
+                m.__dict__["training"] = training
 
 
 def _known_block(module: nn.Module) -> Fusion | None:

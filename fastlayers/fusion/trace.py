@@ -21,7 +21,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -141,10 +141,10 @@ def _methods_of_modules(hooks: Methods, here: _Here) -> Iterator[None]:
         # First of all, and no call: whatever interrupts what follows leaves methods that do what they did.
         here.thread = None
         for name, method in before.items():
-            if method is None:
-                delattr(nn.Module, name)
-            else:
+            if method is not None:
                 setattr(nn.Module, name, method)
+            elif name in nn.Module.__dict__:
+                delattr(nn.Module, name)
 
 
 def _where(here: _Here, hook: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,6 +152,12 @@ def _where(here: _Here, hook: Callable[..., Any], otherwise: Callable[..., Any])
         return (hook if here else otherwise)(module, *args, **kwargs)
 
     return method
+
+
+def _no_compilation() -> AbstractContextManager[object]:
+    """Has torch.compile in other threads wait: what it would see of modules is not what is there afterwards."""
+    compiler = sys.modules.get("torch._dynamo.convert_frame")
+    return nullcontext() if compiler is None else compiler.compile_lock
 
 
 @contextmanager
@@ -590,7 +596,7 @@ def _traced(module: nn.Module, inline: frozenset[str], kinds: Kinds) -> tuple[fx
         watch = _Watch(module)
         tracer = _Tracer(inline, kinds, watch)
         try:
-            with _tracing:
+            with _no_compilation(), _tracing:
                 return tracer.trace(module), tracer, watch
         except TraceError:
             if not watch.draws or threading.active_count() == 1 or attempts == _ATTEMPTS:
