@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar
 
 import click
@@ -338,6 +339,16 @@ class TestContenders:
         assert repr(pool) == repr(nn.MaxPool2d(5, 3, 2))
         assert behind.can(POOLED)
         assert not behind.can(CASE)
+
+    def test_timm_has_torchs_pool_behind_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        timm_layers = ModuleType("timm.layers")
+        monkeypatch.setattr(
+            timm_layers, "BatchNormAct2d", lambda channels, **_: nn.BatchNorm2d(channels), raising=False
+        )
+        monkeypatch.setitem(sys.modules, "timm", ModuleType("timm"))
+        monkeypatch.setitem(sys.modules, "timm.layers", timm_layers)
+        assert [type(layer) for layer in contenders._timm_layer(POOLED).children()] == [nn.BatchNorm2d, nn.MaxPool2d]
+        assert isinstance(contenders._timm_layer(CASE), nn.BatchNorm2d)
 
     def test_timm_takes_only_what_it_computes(self) -> None:
         assert contenders._timm_can(Case((2, 16, 8, 8)))
