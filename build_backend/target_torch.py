@@ -32,16 +32,19 @@ def _interpreters() -> list[Path]:
     not the target after all, the binary still serves the target's torch.
     """
     folders = [Path(folder) for folder in os.environ.get("PATH", os.defpath).split(os.pathsep)]
-    active = [folder / "python" for folder in folders if folder.with_name("pyvenv.cfg").exists()]
+    # os.path's: a folder that this user may not look into, root's say, is none.
+    active = [folder / "python" for folder in folders if os.path.exists(folder.with_name("pyvenv.cfg"))]
     called_in = Path(os.environ.get("PWD") or Path.cwd())  # the frontend itself goes to the checkout
     default = [folder / ".venv" / "bin" / "python" for folder in (called_in, *called_in.parents)]
     return list(dict.fromkeys([Path(sys.executable), *active, *default]))
 
 
 def _module_path(python: Path) -> list[str]:
-    if not python.exists():
-        return []
+    """Where an interpreter looks for modules; nowhere, if it is not there or does not run."""
     # -E: pip isolates a build by PYTHONPATH, so without it the interpreter sees its own packages.
     program = r"import os, sys; sys.stdout.buffer.write(os.fsencode('\n'.join(sys.path)))"
-    output = subprocess.run([str(python), "-E", "-c", program], check=True, capture_output=True).stdout
+    try:
+        output = subprocess.run([str(python), "-E", "-c", program], check=True, capture_output=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
     return [entry for entry in os.fsdecode(output).split("\n") if entry]

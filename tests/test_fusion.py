@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import cProfile
 import io
@@ -561,6 +562,28 @@ class OwnGradient(Odd):
         return self.finish(result)
 
 
+class Swallowing(Odd):
+    """As code that tries the fast way first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            with contextlib.suppress(Exception):
+                return self.finish(_Square.apply(x))
+        return x
+
+
+class ByC(Odd):
+    """In C++, torch.as_tensor asks whether it is given a tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(torch.as_tensor(x))
+
+
+class ByConstructor(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(torch.Tensor(x))
+
+
 class TypeOfResult(Odd):
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
@@ -581,6 +604,9 @@ class TypeOfResult(Odd):
         (Constant, "on tensors that do not depend"),
         (Checkpointing, "checkpointing"),
         (OwnGradient, "autograd.Function"),
+        (Swallowing, "autograd.Function"),
+        (ByC, "cannot be traced"),  # torch's own reason
+        (ByConstructor, "to C, which asks for its type"),
         (TypeOfResult, "asks for the type"),
     ],
 )

@@ -96,6 +96,10 @@ _CONTAINERS = (list, dict, set)
 # What every module has; the hooks among it are looked at when the graph runs.
 _BASE_ATTRIBUTES = frozenset(nn.Module().__dict__) - {"training"}
 
+# Operations of Python, and modules whose functions in C, ask for a type in the name of the code that they are in.
+_ASKS_FOR_A_TYPE = ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS")
+_ASK_FOR_A_TYPE = ("builtins", "_abc")
+
 # Frames of these modules and calls of these functions have effects that a graph does not show.
 _SILENT_MODULES = {
     "torch.autograd.grad_mode": "switches gradients",
@@ -201,9 +205,10 @@ class _Proxy(fx.Proxy):
     # To the checker __class__ is settable, and always the class itself; here it is what the traced code is told.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        if _is_library(sys._getframe(1)):
+        frame = sys._getframe(1)
+        # The tracer of these proxies is ours, which has these.
+        if _is_library(frame) or not self.tracer.watch.is_asked_by(frame):  # type: ignore[attr-defined]
             return _Proxy
-        # The tracer of these proxies is ours, which has the method.
         return self.tracer.type_of(self.node)  # type: ignore[attr-defined, no-any-return]
 
 
@@ -374,6 +379,7 @@ class _Watch:
         self.containers: list[tuple[Any, Any]] = []
         self.violation: str | None = None
         self.draws = False  # this thread or another
+        self.calls_of_c: dict[types.FrameType, Any] = {}  # that have not returned, by the code that they are in
 
     @property
     def hooks(self) -> Methods:
@@ -401,6 +407,7 @@ class _Watch:
             sys.setprofile(None if isinstance(profile, _lsprof.Profiler) else profile)
             if isinstance(profile, _lsprof.Profiler):
                 profile.enable()
+            self.calls_of_c.clear()
             self._restore_containers()
         self.draws = _random_states() != states
         if self.draws:
@@ -455,7 +462,22 @@ class _Watch:
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(snapshot)
 
+    def is_asked_by(self, frame: types.FrameType) -> bool:
+        """Whether the code of `frame` asks for a type, not a function in C that it calls.
+
+        Those of torch go on to read from the tensor that they were told to have; some versions (2.15) then crash.
+        """
+        if _operation(frame) in _ASKS_FOR_A_TYPE:
+            return True
+        if frame not in self.calls_of_c:
+            self.refuse("gives what depends on its inputs to C, which asks for its type")
+        return getattr(self.calls_of_c[frame], "__module__", None) in _ASK_FOR_A_TYPE
+
     def _audit(self, frame: types.FrameType, event: str, function: Any) -> None:
+        if event == "c_call":
+            self.calls_of_c[frame] = function
+        elif event.startswith("c_"):
+            self.calls_of_c.pop(frame, None)
         caller = frame.f_back if event == "call" else frame
         if self.violation is not None or caller is None or _module_name(caller).startswith("torch.fx"):
             return
@@ -493,6 +515,14 @@ def _module_name(frame: types.FrameType) -> str:
 def _is_library(frame: types.FrameType) -> bool:
     name = _module_name(frame)
     return name == "torch" or name.startswith(("torch.", "fastlayers.fusion"))
+
+
+def _operation(frame: types.FrameType) -> str:
+    """The name of what Python does in the frame at the moment."""
+    code, index = frame.f_code.co_code, frame.f_lasti
+    while dis.opname[code[index]] == "CACHE":  # behind an operation are entries of its own
+        index -= 2
+    return dis.opname[code[index]]
 
 
 def _writes_outside(code: types.CodeType) -> bool:
