@@ -19,6 +19,39 @@ inline double key_sign(double scale) {
   return scale > 0 ? 1 : -1;
 }
 
+// Pieces of memory that are fetched while something else is computed, a few lines at each of `steps` steps.
+class FetchAhead {
+ public:
+  FetchAhead() = default;
+  FetchAhead(const void* first, std::int64_t bytes_each, std::int64_t pieces, std::int64_t distance, std::int64_t steps)
+      : piece_(static_cast<const char*>(first)),
+        bytes_(bytes_each),
+        pieces_(steps > 0 ? pieces : 0),
+        distance_(distance),
+        lines_(steps > 0 ? (pieces * (bytes_each / kLine + 1) + steps - 1) / steps : 0) {}
+
+  FL_INLINE void step() {
+    for (std::int64_t i = 0; i < lines_ && pieces_ > 0; ++i) {
+      prefetch(piece_ + at_);
+      at_ += kLine;
+      if (at_ < bytes_) continue;
+      at_ = 0;
+      piece_ += distance_;
+      --pieces_;
+    }
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+  const char* piece_ = nullptr;
+  std::int64_t bytes_ = 0, pieces_ = 0, distance_ = 0, lines_ = 0, at_ = 0;
+};
+
+// Has lines that are about to be written fetched.
+FL_INLINE void prefetch_run_for_writing(const void* to, std::int64_t bytes) {
+  for (std::int64_t i = 0; i < bytes; i += 64) prefetch_for_writing(static_cast<const char*>(to) + i);
+}
+
 // n elements, into whole vectors; those behind the end are zero.
 template <class T>
 FL_INLINE void load_run(const T* from, std::int64_t n, Compute<T>* to) {

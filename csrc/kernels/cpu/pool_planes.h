@@ -25,6 +25,21 @@ class ChannelRun {
   alignas(64) S mean_[kLanes], scale_[kLanes], shift_[kLanes];
 };
 
+// A task is a few adjacent channels, whose planes are walked together, sample by sample: the processor fetches ahead in
+// memory that is read in order. How many depends on the shape alone.
+struct ChannelBlocks {
+  static constexpr std::int64_t kMost = 8, kEnoughTasks = 16;
+  std::int64_t channels, each;
+
+  explicit ChannelBlocks(std::int64_t channels_) : channels(channels_), each(channels_ / kEnoughTasks) {
+    if (each < 1) each = 1;
+    if (each > kMost) each = kMost;
+  }
+  std::int64_t count() const { return (channels + each - 1) / each; }
+  std::int64_t begin(std::int64_t block) const { return block * each; }
+  std::int64_t end(std::int64_t block) const { return smaller((block + 1) * each, channels); }
+};
+
 // Where the elements of a window are, from its first element on, whether that exists or not.
 class WindowOffsets {
  public:
@@ -58,119 +73,229 @@ class PlanesPoolForward {
   using V = Vec<S>;
 
  public:
-  explicit PlanesPoolForward(const PoolForwardArgs& args) : args_(args), split_(args.geometry), windows_(args.pool) {}
+  explicit PlanesPoolForward(const PoolForwardArgs& args)
+      : args_(args),
+        split_(args.geometry),
+        windows_(args.pool),
+        found_(static_cast<T*>(args.selected ? args.selected : args.output.data)) {}
 
   void run() const {
     const Geometry& g = args_.geometry;
-    const std::int64_t blocks = windows_.blocks();
     if (args_.training && split_.spans == 1) {
-      parallel_parts(args_.parallel_for, g.channels, split_.length, [&](std::int64_t begin, std::int64_t end) {
-        Worker worker(*this);
-        for (std::int64_t c = begin; c < end; ++c) {
-          statistics_of_channel<T>(args_, c, split_.span(0));
-          for (std::int64_t i = g.batch * blocks - 1; i >= 0; --i) worker.pool(i / blocks, c, i % blocks);
-        }
-      });
+      const ChannelBlocks channels(g.channels);
+      parallel_parts(args_.parallel_for, channels.count(), channels.each * split_.length,
+                     [&](std::int64_t begin, std::int64_t end) {
+                       Worker worker(*this);
+                       for (std::int64_t i = begin; i < end; ++i)
+                         pool_channels(worker, channels.begin(i), channels.end(i));
+                     });
       return;
     }
     if (args_.training) statistics_of_spans<T>(args_, split_);
+    const std::int64_t blocks = windows_.blocks();
     parallel_parts(args_.parallel_for, g.batch * g.channels * blocks, g.spatial / blocks,
                    [&](std::int64_t begin, std::int64_t end) {
                      Worker worker(*this);
-                     for (std::int64_t i = begin; i < end; ++i)
-                       worker.pool(i / blocks / g.channels, i / blocks % g.channels, i % blocks);
+                     for (std::int64_t i = begin; i < end; ++i) {
+                       const std::int64_t plane = i / blocks, n = plane / g.channels, c = plane % g.channels;
+                       worker.set_channels(c, c + 1, [&](std::int64_t) { return scale(c); });
+                       worker.find_block(n, c, i % blocks);
+                       worker.activate_block(n, c, i % blocks);
+                     }
                    });
   }
 
  private:
-  // The scratch memory of one thread, and what it does with one block of a plane after the other.
+  class Worker;
+
+  double scale(std::int64_t c) const { return args_.weight[c] * args_.invstd[c]; }
+
+  // With a monotone activation, the sign of the weight decides what is the largest element of a window. So planes are
+  // pooled while they are in cache for their statistics, and only what was found is walked once more.
+  void pool_channels(Worker& worker, std::int64_t begin, std::int64_t end) const {
+    const std::int64_t batch = args_.geometry.batch;
+    const auto weight = [&](std::int64_t c) { return args_.weight[c]; };
+    const auto final_scale = [&](std::int64_t c) { return scale(c); };
+    worker.set_channels(begin, end, weight);
+    statistics_of_channels(worker, begin, end);
+    // The signs differ where the deviation is infinite or NaN.
+    bool found = args_.monotone;
+    for (std::int64_t c = begin; c < end; ++c) found &= key_sign(scale(c)) == key_sign(weight(c));
+    worker.set_channels(begin, end, final_scale);
+    for (std::int64_t n = batch - 1; n >= 0; --n)
+      for (std::int64_t c = begin; c < end; ++c) {
+        if (!found) worker.find(n, n + 1, c);
+        worker.activate(n, c);
+      }
+  }
+
+  void statistics_of_channels(Worker& worker, std::int64_t begin, std::int64_t end) const {
+    PlaneMoments<T, S> moments[ChannelBlocks::kMost];
+    const std::int64_t batch = args_.geometry.batch, together = batch & -kPlanesTogether;
+    for (std::int64_t n = 0; n < together; n += kPlanesTogether)
+      add_planes(worker, n, begin, end, moments, Together<kPlanesTogether>{});
+    for (std::int64_t n = together; n < batch; ++n) add_planes(worker, n, begin, end, moments, Together<1>{});
+    finish_statistics(args_, begin, end, [&](std::int64_t c) {
+      return checked_moments<T>(moments[c - begin].finish(), args_.input, c, split_.span(0), args_.geometry.spatial);
+    });
+  }
+
+  template <int kCount>
+  void add_planes(Worker& worker, std::int64_t n, std::int64_t begin, std::int64_t end, PlaneMoments<T, S>* moments,
+                  Together<kCount> together) const {
+    for (std::int64_t c = begin; c < end; ++c) {
+      const T* from[kCount];
+      for (int u = 0; u < kCount; ++u) from[u] = piece_start<T>(args_.input, Piece{n + u, 0, 0}, c);
+      moments[c - begin].add(from, args_.geometry.spatial, together);
+      if (!args_.monotone) continue;
+      const bool last = c + 1 == end;
+      worker.fetch_ahead(n, last ? n + kCount : n, kCount, c, last ? begin : c + 1);
+      worker.find(n, n + kCount, c);
+    }
+  }
+
+  // The scratch memory of one thread, and what it does with one plane after the other.
   class Worker {
    public:
     explicit Worker(const PlanesPoolForward& of)
         : args_(of.args_),
           windows_(of.windows_),
+          found_(of.found_),
           pooler_(of.windows_),
           offsets_(of.args_.pool),
-          activated_(of.args_.monotone ? 0 : of.windows_.most_inputs() + kLanes) {}
+          keys_(of.windows_.most_inputs() + kLanes),
+          prefetching_(worth_prefetching<T>(of.args_.geometry) &&
+                       of.args_.geometry.spatial * static_cast<std::int64_t>(sizeof(T)) <= kLongPlane) {}
 
-    void pool(std::int64_t n, std::int64_t c, std::int64_t block) {
-      const PlaneRows output = windows_.block(block);
-      const std::int64_t plane = n * args_.geometry.channels + c, width = args_.pool.width.output;
-      const std::int64_t to = plane * args_.pool.outputs() + output.begin * width, count = output.count() * width;
-      if (args_.keep.planes && !args_.keep.planes[plane]) return write_zeros(to, count);
-      if (c != channel_) set_channel(c);
-      find(piece_start<T>(args_.input, Piece{n, 0, 0}, c), output);
-      write(to, count);
+    // scale(c) has the sign of the channel's. The statistics are only read for what is not monotone, and to activate.
+    void set_channels(std::int64_t begin, std::int64_t end, auto scale) {
+      first_channel_ = begin;
+      for (std::int64_t c = begin; c < end; ++c) {
+        signs_[c - begin] = args_.monotone ? static_cast<S>(key_sign(scale(c))) : S{1};
+        runs_[c - begin].set(channel_affine<S>(args_, c));
+      }
     }
 
-   private:
-    void set_channel(std::int64_t c) {
-      channel_ = c;
-      run_.set(channel_affine<S>(args_, c));
-      sign_ = args_.monotone ? static_cast<S>(key_sign(args_.weight[c] * args_.invstd[c])) : S{1};
+    // While `count` planes of channel c from n on are pooled, has as many fetched, those of another channel from
+    // another sample on, which are read next.
+    void fetch_ahead(std::int64_t n, std::int64_t next_n, std::int64_t count, std::int64_t c, std::int64_t next_c) {
+      ahead_ = {};
+      const Geometry& g = args_.geometry;
+      if (!prefetching_ || next_n + count > g.batch) return;
+      std::int64_t kept = 0;
+      for (std::int64_t i = 0; i < count; ++i) kept += !part(n + i, c, 0).dropped;
+      constexpr auto size = static_cast<std::int64_t>(sizeof(T));
+      ahead_ = FetchAhead(piece_start<T>(args_.input, Piece{next_n, 0, 0}, next_c), g.spatial * size, count,
+                          args_.input.outer * size, kept * windows_.steps(args_.pool.height.input));
     }
 
-    void write_zeros(std::int64_t to, std::int64_t count) const {
-      const auto bytes = static_cast<std::size_t>(count) * sizeof(T);
-      std::memset(static_cast<T*>(args_.output.data) + to, 0, bytes);
-      if (args_.selected) std::memset(static_cast<T*>(args_.selected) + to, 0, bytes);
-      if (args_.positions) std::memset(args_.positions + to, 0, static_cast<std::size_t>(count));
+    // Finds the largest elements of the windows of planes [begin, end).
+    void find(std::int64_t begin, std::int64_t end, std::int64_t c) {
+      for (std::int64_t n = begin; n < end; ++n)
+        for (std::int64_t i = 0; i < windows_.blocks(); ++i) find_block(n, c, i);
     }
-
-    // Leaves the largest elements of the windows where the pooler has their keys.
-    void find(const T* plane, PlaneRows output) {
-      const PlaneRows input = window_rows(args_.pool.height, output);
+    void find_block(std::int64_t n, std::int64_t c, std::int64_t block) {
+      const Part to = part(n, c, block);
+      if (to.dropped) return write_zeros(to);
+      if (prefetching_) {
+        prefetch_run_for_writing(found_ + to.at, to.count * static_cast<std::int64_t>(sizeof(T)));
+        if (args_.positions) prefetch_run_for_writing(args_.positions + to.at, to.count);
+      }
+      const PlaneRows input = window_rows(args_.pool.height, to.rows);
       const std::int64_t width = args_.pool.width.input;
-      const T* x = plane + input.begin * width;
+      const T* x = piece_start<T>(args_.input, Piece{n, input.begin * width, 0}, c);
       if (args_.monotone) {
-        pooler_.fill(x, input.count(), sign_);
+        pooler_.fill(x, input.count(), sign_of(c));
       } else {
-        const std::int64_t n = input.count() * width;
-        load_run(x, n, activated_.data());
-        activation_values(args_.activation, run_.affine(), activated_.data(), n, activated_.data());
-        pooler_.fill(activated_.data(), input.count(), S{1});
+        const std::int64_t count = input.count() * width;
+        load_run(x, count, keys_.data());
+        activation_values(args_.activation, run_of(c).affine(), keys_.data(), count, keys_.data());
+        pooler_.fill(keys_.data(), input.count(), S{1});
       }
-      pooler_.pool(output, input);
-      S* keys = pooler_.keys();
-      if (args_.monotone && sign_ * sign_ == 1) {
-        const std::int64_t n = output.count() * args_.pool.width.output;
-        for (std::int64_t i = 0; i < n; i += kLanes)
-          detail::store_unaligned<S>(keys + i, detail::load_unaligned<S>(keys + i) * sign_);
-      } else {
-        offsets_.each(output, input.begin, pooler_.numbers(),
-                      [&](std::int64_t i, std::int64_t at) { keys[i] = load_one(x + at); });
-      }
+      pooler_.pool(to.rows, input, ahead_);
+      look_up(to, x, input.begin, sign_of(c));
+      store_run(pooler_.keys(), to.count, found_ + to.at);
+      if (!args_.positions) return;
+      for_each_vector(to.count, [&](std::int64_t i, auto lanes) {
+        store_numbers<S>(args_.positions + to.at + i, detail::load_unaligned<Number<S>>(pooler_.numbers() + i), lanes);
+      });
     }
 
-    void write(std::int64_t to, std::int64_t count) const {
-      S* x = pooler_.keys();
-      if (args_.selected) store_run(x, count, static_cast<T*>(args_.selected) + to);
-      if (args_.positions) {
-        for_each_vector(count, [&](std::int64_t i, auto lanes) {
-          store_numbers<S>(args_.positions + to + i, detail::load_unaligned<Number<S>>(pooler_.numbers() + i), lanes);
-        });
+    // Writes a plane's output, from the elements that were found.
+    void activate(std::int64_t n, std::int64_t c) {
+      for (std::int64_t i = 0; i < windows_.blocks(); ++i) activate_block(n, c, i);
+    }
+    void activate_block(std::int64_t n, std::int64_t c, std::int64_t block) {
+      const Part to = part(n, c, block);
+      T* output = static_cast<T*>(args_.output.data) + to.at;
+      if (to.dropped) {
+        std::memset(output, 0, static_cast<std::size_t>(to.count) * sizeof(T));
+        return;
       }
-      activation_values(args_.activation, run_.affine(), x, count, x);
-      T* output = static_cast<T*>(args_.output.data) + to;
+      S* const x = pooler_.keys();
+      load_run(found_ + to.at, to.count, x);
+      activation_values(args_.activation, run_of(c).affine(), x, to.count, x);
       const V scale = splat<V>(args_.keep.scale);
-      for_each_vector(count, [&](std::int64_t i, auto lanes) {
+      for_each_vector(to.count, [&](std::int64_t i, auto lanes) {
         store(output + i, detail::load_unaligned<S>(x + i) * scale, lanes);
       });
     }
 
+   private:
+    // Rows of a plane's output, and where they are in memory.
+    struct Part {
+      PlaneRows rows;
+      std::int64_t at, count;
+      bool dropped;
+    };
+
+    const ChannelRun<S>& run_of(std::int64_t c) const { return runs_[c - first_channel_]; }
+    S sign_of(std::int64_t c) const { return signs_[c - first_channel_]; }
+
+    Part part(std::int64_t n, std::int64_t c, std::int64_t block) const {
+      const PlaneRows rows = windows_.block(block);
+      const std::int64_t plane = n * args_.geometry.channels + c, width = args_.pool.width.output;
+      return {rows, plane * args_.pool.outputs() + rows.begin * width, rows.count() * width,
+              args_.keep.planes && !args_.keep.planes[plane]};
+    }
+
+    void write_zeros(const Part& to) const {
+      std::memset(found_ + to.at, 0, static_cast<std::size_t>(to.count) * sizeof(T));
+      if (args_.positions) std::memset(args_.positions + to.at, 0, static_cast<std::size_t>(to.count));
+    }
+
+    // Replaces keys by elements; row `first` of the plane is at x.
+    void look_up(const Part& to, const T* x, std::int64_t first, S sign) {
+      S* const keys = pooler_.keys();
+      if (args_.monotone && sign * sign == 1) {
+        for (std::int64_t i = 0; i < to.count; i += kLanes)
+          detail::store_unaligned<S>(keys + i, detail::load_unaligned<S>(keys + i) * sign);
+      } else {
+        offsets_.each(to.rows, first, pooler_.numbers(),
+                      [&](std::int64_t i, std::int64_t at) { keys[i] = load_one(x + at); });
+      }
+    }
+
+    // Bytes from which on the processor itself fetches enough of a plane ahead.
+    static constexpr std::int64_t kLongPlane = 8 * 1024;
+
     const PoolForwardArgs& args_;
     const PlaneWindows<S>& windows_;
+    T* found_;
     PlanePooler<S> pooler_;
     WindowOffsets offsets_;
-    Scratch<S> activated_;
-    ChannelRun<S> run_;
-    std::int64_t channel_ = -1;
-    S sign_ = 1;
+    Scratch<S> keys_;
+    std::int64_t first_channel_ = 0;
+    ChannelRun<S> runs_[ChannelBlocks::kMost];
+    S signs_[ChannelBlocks::kMost];
+    FetchAhead ahead_;
+    bool prefetching_;
   };
 
   const PoolForwardArgs& args_;
   PlaneSplit split_;
   PlaneWindows<S> windows_;
+  T* found_;
 };
 
 template <class T>
@@ -192,23 +317,18 @@ class PlanesPoolBackward {
     most_inputs_ = smaller(rows_each_ + 2 * margin, height.input) * width.input;
     streaming_ = worth_streaming<T>(args.geometry, args.grad_input, args.grad_input.inner) &&
                  worth_streaming<T>(args.geometry, args.grad_input, rows_each_ * width.input);
-    if (args.training && worth_prefetching<T>(args.geometry) && blocks_ == 1) next_input_ = args.input.outer;
   }
 
   void run() const {
     const Geometry& g = args_.geometry;
     if (needs_sums(args_) && split_.spans == 1) {
-      parallel_parts(args_.parallel_for, g.channels, split_.length, [&](std::int64_t begin, std::int64_t end) {
-        Worker worker(*this);
-        for (std::int64_t c = begin; c < end; ++c) {
-          GradientSums sums;
-          for (std::int64_t n = 0; n < g.batch; ++n) sums.add(worker.sums(n, c, 0, args_.pool.outputs()));
-          const InputGradient coefficients = finish_sums<T>(args_, c, sums);
-          if (!args_.grad_input.data) continue;
-          for (std::int64_t i = g.batch * blocks_ - 1; i >= 0; --i)
-            worker.write(i / blocks_, c, i % blocks_, coefficients);
-        }
-      });
+      const ChannelBlocks channels(g.channels);
+      parallel_parts(args_.parallel_for, channels.count(), channels.each * split_.length,
+                     [&](std::int64_t begin, std::int64_t end) {
+                       Worker worker(*this);
+                       for (std::int64_t i = begin; i < end; ++i)
+                         run_channels(worker, channels.begin(i), channels.end(i));
+                     });
       return;
     }
     Scratch<InputGradient> coefficients(g.channels);
@@ -223,6 +343,7 @@ class PlanesPoolBackward {
                      Worker worker(*this);
                      for (std::int64_t i = begin; i < end; ++i) {
                        const std::int64_t n = i / blocks_ / g.channels, c = i / blocks_ % g.channels;
+                       worker.set_channels(c, c + 1);
                        worker.write(n, c, i % blocks_, coefficients[c]);
                      }
                    });
@@ -232,20 +353,37 @@ class PlanesPoolBackward {
   // Windows whose gradients are in scratch memory at a time.
   static constexpr std::int64_t kRun = 1024;
 
+  class Worker;
+
+  void run_channels(Worker& worker, std::int64_t begin, std::int64_t end) const {
+    const std::int64_t batch = args_.geometry.batch;
+    GradientSums sums[ChannelBlocks::kMost];
+    InputGradient coefficients[ChannelBlocks::kMost];
+    worker.set_channels(begin, end);
+    for (std::int64_t n = 0; n < batch; ++n)
+      for (std::int64_t c = begin; c < end; ++c) sums[c - begin].add(worker.sums(n, c, 0, args_.pool.outputs()));
+    for (std::int64_t c = begin; c < end; ++c) coefficients[c - begin] = finish_sums<T>(args_, c, sums[c - begin]);
+    if (!args_.grad_input.data) return;
+    for (std::int64_t n = batch - 1; n >= 0; --n)
+      for (std::int64_t c = begin; c < end; ++c)
+        for (std::int64_t i = 0; i < blocks_; ++i) worker.write(n, c, i, coefficients[c - begin]);
+  }
+
   void sums_of_parts(InputGradient* coefficients) const {
     constexpr std::int64_t kPart = 8 * kRun;
     const Geometry& g = args_.geometry;
     const std::int64_t outputs = args_.pool.outputs(), parts = (outputs + kPart - 1) / kPart;
     const std::int64_t per_channel = g.batch * parts;
     Scratch<GradientSums> sums(g.channels * per_channel);
-    parallel_parts(
-        args_.parallel_for, g.channels * per_channel, outputs / parts, [&](std::int64_t begin, std::int64_t end) {
-          Worker worker(*this);
-          for (std::int64_t i = begin; i < end; ++i) {
-            const std::int64_t from = i % parts * kPart;
-            sums[i] = worker.sums(i % per_channel / parts, i / per_channel, from, smaller(from + kPart, outputs));
-          }
-        });
+    parallel_parts(args_.parallel_for, g.channels * per_channel, outputs / parts,
+                   [&](std::int64_t begin, std::int64_t end) {
+                     Worker worker(*this);
+                     for (std::int64_t i = begin; i < end; ++i) {
+                       const std::int64_t from = i % parts * kPart, c = i / per_channel;
+                       worker.set_channels(c, c + 1);
+                       sums[i] = worker.sums(i % per_channel / parts, c, from, smaller(from + kPart, outputs));
+                     }
+                   });
     for (std::int64_t c = 0; c < g.channels; ++c) {
       GradientSums total;
       for (std::int64_t i = 0; i < per_channel; ++i) total.add(sums[c * per_channel + i]);
@@ -264,6 +402,11 @@ class PlanesPoolBackward {
           grad_((kRun > of.most_outputs_ ? kRun : of.most_outputs_) + kLanes),
           spread_(of.most_inputs_ + kLanes) {}
 
+    void set_channels(std::int64_t begin, std::int64_t end) {
+      first_channel_ = begin;
+      for (std::int64_t c = begin; c < end; ++c) runs_[c - begin].set(channel_affine<S>(args_, c));
+    }
+
     // Those of windows [begin, end) of a plane.
     GradientSums sums(std::int64_t n, std::int64_t c, std::int64_t begin, std::int64_t end) {
       if (dropped(n, c)) return {};
@@ -275,7 +418,7 @@ class PlanesPoolBackward {
           const V g = covered<S>(detail::load_unaligned<S>(grad_.data() + i), lanes);
           const V x = covered<S>(detail::load_unaligned<S>(x_.data() + i), lanes);
           grad += convert<Vec<double>>(g);
-          grad_deviation += convert<Vec<double>>(g) * convert<Vec<double>>(x - run_.mean());
+          grad_deviation += convert<Vec<double>>(g) * convert<Vec<double>>(x - run_of(c).mean());
         });
       }
       return {sum_of_lanes<double>(grad), sum_of_lanes<double>(grad_deviation)};
@@ -286,16 +429,13 @@ class PlanesPoolBackward {
       const PoolAxis& height = args_.pool.height;
       const std::int64_t begin = block * of_.rows_each_, width = args_.pool.width.input;
       const PlaneRows rows{begin, smaller(begin + of_.rows_each_, height.input)};
-      set_channel(c);
       const S* spread = dropped(n, c) ? nullptr : spread_gradients(n, c, rows);
       const Piece piece{n, begin * width, rows.count() * width};
       const T* input = piece_start<T>(args_.input, piece, c);
       T* to = piece_start<T>(args_.grad_input, piece, c);
-      const V mean = splat<V>(run_.mean()), scale = splat<V>(run_.scale());
+      const V mean = splat<V>(run_of(c).mean()), scale = splat<V>(run_of(c).scale());
       const V by_deviation = splat<V>(coefficients.by_deviation), constant = splat<V>(coefficients.constant);
-      const std::int64_t next = of_.next_input_;
       for_each_vector(piece.length, [&](std::int64_t i, auto lanes) {
-        if (next) prefetch(input + i - next);
         const V g = spread ? detail::load_unaligned<S>(spread + i) : V{};
         const V gx =
             args_.training ? input_gradient(g, load(input + i, lanes), mean, scale, by_deviation, constant) : g * scale;
@@ -308,11 +448,7 @@ class PlanesPoolBackward {
       return args_.keep.planes && !args_.keep.planes[n * args_.geometry.channels + c];
     }
 
-    void set_channel(std::int64_t c) {
-      if (c == channel_) return;
-      channel_ = c;
-      run_.set(channel_affine<S>(args_, c));
-    }
+    const ChannelRun<S>& run_of(std::int64_t c) const { return runs_[c - first_channel_]; }
 
     std::int64_t at(std::int64_t n, std::int64_t c, std::int64_t window) const {
       return (n * args_.geometry.channels + c) * args_.pool.outputs() + window;
@@ -320,14 +456,13 @@ class PlanesPoolBackward {
 
     // Leaves what goes into the activation of windows [from, from + count), and its gradients, in scratch memory.
     void find_gradients(std::int64_t n, std::int64_t c, std::int64_t from, std::int64_t count) {
-      set_channel(c);
       const T* grad_output = piece_start<T>(args_.grad_output, Piece{n, from, count}, c);
       load_run(static_cast<const T*>(args_.selected) + at(n, c, from), count, x_.data());
       const V keep_scale = splat<V>(args_.keep.scale);
       for_each_vector(count, [&](std::int64_t i, auto lanes) {
         detail::store_unaligned<S>(grad_.data() + i, load(grad_output + i, lanes) * keep_scale);
       });
-      activation_gradients(args_.activation, run_.affine(), x_.data(), count, grad_.data());
+      activation_gradients(args_.activation, run_of(c).affine(), x_.data(), count, grad_.data());
     }
 
     // Returns the gradients of rows of the input, before the normalisation.
@@ -355,15 +490,14 @@ class PlanesPoolBackward {
     const PoolBackwardArgs& args_;
     WindowOffsets offsets_;
     Scratch<S> x_, grad_, spread_;
-    ChannelRun<S> run_;
-    std::int64_t channel_ = -1;
+    std::int64_t first_channel_ = 0;
+    ChannelRun<S> runs_[ChannelBlocks::kMost];
   };
 
   const PoolBackwardArgs& args_;
   PlaneSplit split_;
   std::int64_t rows_each_, blocks_, most_outputs_, most_inputs_;
   bool streaming_;
-  std::int64_t next_input_ = 0;  // back to what is read after a plane, if that is to be fetched ahead
 };
 
 }  // namespace FASTLAYERS_ISA

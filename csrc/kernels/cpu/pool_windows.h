@@ -9,6 +9,7 @@
 
 #include "../common/pooling.h"
 #include "choices.h"
+#include "pool.h"
 #include "scratch.h"
 
 namespace fastlayers {
@@ -49,6 +50,10 @@ class PlaneWindows {
   }
   std::int64_t most_outputs() const { return rows_each_ * pool_.width.output; }
   std::int64_t most_inputs() const { return most_rows_ * pool_.width.input; }
+  // How often the horizontal step takes a vector, for so many rows of the input.
+  std::int64_t steps(std::int64_t rows) const {
+    return flat_ ? (rows * outputs_ + kLanes - 1) / kLanes : rows * row_vectors_;
+  }
 
  private:
   template <class>
@@ -113,7 +118,7 @@ class PlanePooler {
   }
 
   // Pools these rows, the rows of the input having been filled in.
-  void pool(PlaneRows output, PlaneRows input);
+  void pool(PlaneRows output, PlaneRows input, FetchAhead& ahead);
 
   // The keys and numbers of the last pooled rows, without gaps; there is room for a whole vector behind their end.
   S* keys() const { return keys_.data(); }
@@ -135,11 +140,13 @@ class PlanePooler {
     return live ? v : rest;
   }
 
-  // Element i of phase p is element i * stride + p of the line.
-  void take_apart(const S* line, std::int64_t phase, std::int64_t vectors, S* to) const;
+  // Element i of phase p is element i * stride + p of the line, in each of `lines` lines.
+  void take_apart(std::int64_t lines, std::int64_t vectors);
+  template <int kStride>
+  void take_apart_by(std::int64_t lines, std::int64_t vectors);
   template <int kStride>
   FL_INLINE static void take_apart(const S* line, std::int64_t stride, std::int64_t phase, std::int64_t vectors, S* to);
-  void pool_row(const S* phases, std::int64_t vectors, S* keys, Number<S>* numbers) const;
+  void pool_row(const S* phases, std::int64_t vectors, S* keys, Number<S>* numbers, FetchAhead& ahead) const;
   void pool_column(std::int64_t o, PlaneRows input, S* keys, Number<S>* numbers) const;
 
   const PlaneWindows<S>& w_;
@@ -232,18 +239,29 @@ FL_INLINE void PlanePooler<float>::take_apart<3>(const float* line, std::int64_t
 #endif
 
 template <class S>
-void PlanePooler<S>::take_apart(const S* line, std::int64_t phase, std::int64_t vectors, S* to) const {
+template <int kStride>
+void PlanePooler<S>::take_apart_by(std::int64_t lines, std::int64_t vectors) {
+  for (std::int64_t i = 0; i < lines; ++i)
+    take_apart<kStride>(lines_.data() + i * w_.line_, w_.stride_, phase_pitch_, vectors,
+                        phases_.data() + i * w_.stride_ * w_.phase_);
+}
+
+template <class S>
+void PlanePooler<S>::take_apart(std::int64_t lines, std::int64_t vectors) {
   switch (w_.stride_) {
-    case 2: return take_apart<2>(line, 2, phase, vectors, to);
-    case 3: return take_apart<3>(line, 3, phase, vectors, to);
-    default: return take_apart<0>(line, w_.stride_, phase, vectors, to);
+    case 1: return;
+    case 2: return take_apart_by<2>(lines, vectors);
+    case 3: return take_apart_by<3>(lines, vectors);
+    default: return take_apart_by<0>(lines, vectors);
   }
 }
 
 template <class S>
-void PlanePooler<S>::pool_row(const S* phases, std::int64_t vectors, S* keys, Number<S>* numbers) const {
+void PlanePooler<S>::pool_row(const S* phases, std::int64_t vectors, S* keys, Number<S>* numbers,
+                              FetchAhead& ahead) const {
   const std::int64_t taps = w_.pool_.width.kernel;
   for (std::int64_t i = 0; i < vectors * kLanes; i += kLanes) {
+    ahead.step();
     Numbers<S> number{};
     Best<S> best = Best<S>::none(w_.flat_ ? number : detail::load_unaligned<Number<S>>(first_taps_.data() + i));
     for (std::int64_t k = 0; k < taps; ++k, number += 1)
@@ -275,22 +293,19 @@ void PlanePooler<S>::pool_column(std::int64_t o, PlaneRows input, S* keys, Numbe
 }
 
 template <class S>
-void PlanePooler<S>::pool(PlaneRows output, PlaneRows input) {
+void PlanePooler<S>::pool(PlaneRows output, PlaneRows input, FetchAhead& ahead) {
   const auto vectors_for = [](std::int64_t n) { return (n + kLanes - 1) / kLanes; };
   const S* phases = w_.stride_ == 1 ? lines_.data() : phases_.data();
   if (w_.flat_) {
     const std::int64_t vectors = vectors_for(input.count() * w_.outputs_);
-    if (w_.stride_ > 1) take_apart(lines_.data(), phase_pitch_, vectors, phases_.data());
-    pool_row(phases, vectors, row_keys_.data(), row_numbers_.data());
+    take_apart(1, vectors);
+    pool_row(phases, vectors, row_keys_.data(), row_numbers_.data(), ahead);
   } else {
     const std::int64_t pitch = w_.stride_ == 1 ? w_.line_ : w_.stride_ * w_.phase_;
-    const std::int64_t phase_vectors = vectors_for(w_.pool_.width.output + w_.shift_);
-    if (w_.stride_ > 1)
-      for (std::int64_t row = 0; row < input.count(); ++row)
-        take_apart(lines_.data() + row * w_.line_, w_.phase_, phase_vectors, phases_.data() + row * pitch);
+    take_apart(input.count(), vectors_for(w_.pool_.width.output + w_.shift_));
     for (std::int64_t row = 0; row < input.count(); ++row)
       pool_row(phases + row * pitch, w_.row_vectors_, row_keys_.data() + row * w_.outputs_,
-               row_numbers_.data() + row * w_.outputs_);
+               row_numbers_.data() + row * w_.outputs_, ahead);
   }
   for (std::int64_t o = output.begin; o < output.end; ++o) {
     const std::int64_t at = (o - output.begin) * w_.pool_.width.output;
