@@ -26,7 +26,8 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     BatchNorm, activation, dropout and max-pool have at that moment. Where a call would not be the same fused (a
     residual that broadcasts, a hook that was added later), members run one by one, a `FusionWarning` says so once, and
     `fusion_report` tells why. A max-pool that is not fused, as one with a residual before it, stays behind its chain;
-    the report tells that too. What was fused before is looked at anew.
+    the report tells that too. What was fused before is looked at anew. Other threads may fuse, run and train other
+    models meanwhile.
 
     Args:
         model: of any class, in training or evaluation mode.
