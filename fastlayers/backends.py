@@ -145,7 +145,8 @@ def observer() -> str | None:
     `torch.compile` is none: it takes our operators as they are, and their gradients from `autograd`.
     """
     compiling = torch.compiler.is_compiling()
-    if compiling and torch.compiler.is_exporting():
+    # Not is_exporting(): torch.compile of torch 2.11 takes it for true wherever it compiles.
+    if compiling and torch.compiler._is_exporting_flag:
         return EXPORT
     if _are_functorch_transforms_active():
         return "the transforms of torch.func"

@@ -247,7 +247,8 @@ def test_dynamic_from_the_start(options: dict[str, Any]) -> None:
     """dynamic=True leaves heights and widths open too; masks of bits have sizes that depend on them."""
     layer, counter = fl.BatchNormAct2d(6, **options), CompileCounterWithBackend("aot_eager")
     run = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
-    for shape in ((4, 6, 5, 7), (3, 6, 9, 4), (8, 6, 3, 3)):
+    # No pooled width is 1: torch 2.15 compiles that once more, for its own layers, too.
+    for shape in ((4, 6, 5, 7), (3, 6, 9, 4), (8, 6, 4, 4)):
         x = torch.randn(shape, requires_grad=True)
         run(x, None if "pool" in options else torch.randn(shape)).sum().backward()
         assert x.grad is not None

@@ -24,6 +24,7 @@ class _FusedBatchNorm(NotScriptable, nn.modules.batchnorm._BatchNorm):
     frozen: bool = False
     # Of "weight" and "bias" those whose gradients freezing has switched off.
     _frozen_parameters: tuple[str, ...] = ()
+    _eps: float
 
     def __init__(
         self,
@@ -47,16 +48,16 @@ class _FusedBatchNorm(NotScriptable, nn.modules.batchnorm._BatchNorm):
         """What is added to the variance.
 
         Everything that rebuilds a BatchNorm as another layer, or folds it into one, reads this; some do it by the class
-        and would leave out what this layer does besides. They get an error (`guards`). `forward` reads ``__dict__``.
+        and would leave out what this layer does besides. They get an error (`guards`). `forward` asks `eps_of`.
         """
         if not torch.compiler.is_compiling():
             guards.raise_if_reader_would_lose(self._fused_with(), self.frozen, self)
-        value: float = self.__dict__["eps"]
-        return value
+        return self._eps
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self.__dict__["eps"] = value
+        # Twice: torch.compile of torch 2.11 takes __dict__["eps"] for a call of the property, and extra_repr reads it.
+        self.__dict__["eps"] = self._eps = value
 
     def _fused_with(self) -> tuple[str, ...]:
         """What this layer does besides normalising, in words."""
@@ -90,6 +91,12 @@ class _FusedBatchNorm(NotScriptable, nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalises `input`; updates the running statistics in training."""
         return self._fused(input)
+
+
+def eps_of(layer: nn.Module) -> float:
+    """What `layer`, torch's or ours, adds to the variance, for code that knows what else it does."""
+    value: float = layer._eps if isinstance(layer, _FusedBatchNorm) else layer.eps
+    return value
 
 
 def fused_batch_norm(
@@ -140,7 +147,7 @@ def batch_norm_of(
             num_batches_tracked = layer.num_batches_tracked
         else:
             running_mean = running_var = None
-    momentum, eps = layer.momentum, layer.__dict__["eps"]
+    momentum, eps = layer.momentum, eps_of(layer)
     dropping = drop_p if stochastic else 0.0
     if momentum is not None and act.random is None and backends.prefers_torch(input, dropping):
         output = unfused.tiny_batch_norm_act(

@@ -75,7 +75,7 @@ class SyncBatchNorm(_FusedBatchNorm):
             self.weight,
             self.bias,
             self.momentum,
-            self.__dict__["eps"],
+            self._eps,
             process_group=group,
             num_features=self.num_features,
             residual=residual,
