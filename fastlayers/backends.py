@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fastlayers import masks, ops
 
 NAMES = ("auto", "cpp", "cuda", "triton", "reference")
-OPS = ("batch_norm_act", "dropout")
+OPS = ("batch_norm_act", "batch_norm_act_pool", "dropout")
 
 #: Up to this many elements, torch's own layers one after the other take less time than an autograd.Function written in
 #: Python around one kernel, forward and backward (docs/performance.md). Where channels are adjacent torch is faster.
@@ -26,6 +26,11 @@ SMALL_PLANES, SMALL_ROWS = 48 * 1024, 144 * 1024
 TINY = 2 * 1024
 
 EXPORT = "torch.export"
+
+_COMPOSED = (
+    "a residual, dropped elements, RReLU in training, 3 dimensions, windows of more than 256 elements, statistics of "
+    "several processes"
+)
 
 # The kernels that "auto" tries on a device, the fastest first; after them comes the reference.
 _KERNELS = {"cpu": ("cpp",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
@@ -198,7 +203,14 @@ def _is_a_line(input: Tensor) -> bool:
 
 def explain() -> list[Choice]:
     """What the current setting chooses for each operation on each device type of this machine."""
-    return [Choice(op, device, *_choice(device)) for op in OPS for device in _devices()]
+    return [_row(op, device) for op in OPS for device in _devices()]
+
+
+def _row(op: str, device: str) -> Choice:
+    backend, why = _choice(device)
+    if op == "batch_norm_act_pool" and backend in ("cpp", "cuda", "triton"):
+        why = f"{why}; torch pools behind {_COMPOSED}"
+    return Choice(op, device, backend, why)
 
 
 def _devices() -> list[str]:

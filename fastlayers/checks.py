@@ -200,7 +200,7 @@ def pool(pool: Pool, input: Tensor) -> None:
     if channels == 0 or 0 in spatial:
         raise RuntimeError(
             f"Expected {pool.dims + 1}D or {pool.dims + 2}D (batch mode) tensor with optional 0 dim batch size for "
-            f"input, but got: {list(input.shape)} (pool: {pool}; allowed: sizes of at least 1 except the first)"
+            f"input, but got:{list(input.shape)} (pool: {pool}; allowed: sizes of at least 1 except the first)"
         )
     if min(sizes) < 1:
         given, calculated = ("x".join(map(str, (channels, *s))) for s in (spatial, sizes))

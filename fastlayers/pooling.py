@@ -68,8 +68,8 @@ class Pool:
     @staticmethod
     def of_window(window: Sequence[int], ceil_mode: bool, dims: int) -> Pool:
         """The pool of 1 or 2 dimensions that has this `window`."""
-        numbers = [tuple(window[i : i + 2][2 - dims :]) for i in range(0, 8, 2)]
-        return Pool(*numbers, ceil_mode=ceil_mode)
+        kernel_size, stride, padding, dilation = (tuple(window[i : i + 2][2 - dims :]) for i in range(0, 8, 2))
+        return Pool(kernel_size, stride, padding, dilation, ceil_mode)
 
     def apply(self, input: Tensor) -> Tensor:
         """The pooled `input` (N, C, ...), by torch."""
@@ -155,7 +155,7 @@ def resolve(pool: PoolLayer, dims: int, name: str = "pool") -> Pool | None:
         resolved = pool
     elif isinstance(pool, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) and type(pool) in MODULES:
         if pool.return_indices:
-            raise ValueError(f"{name}: {pool!r} returns indices, which a fused layer does not; allowed: without")
+            raise ValueError(f"{name}: {pool} has return_indices=True; a fused layer returns none; allowed: False")
         resolved = _pool(MODULES[type(pool)], {key: getattr(pool, key) for key in KEYWORDS}, name)
     elif isinstance(pool, Mapping):
         resolved = _pool(dims, pool, name)
@@ -180,9 +180,10 @@ def dims_of(pool: PoolLayer, name: str = "pool") -> int:
         if isinstance(size, Sequence) and len(size) in _FUNCTIONS:
             return len(size)
         raise ValueError(f"{name}: kernel_size should have one number per dimension, 1, 2 or 3, but is {size!r}")
-    if type(pool) not in MODULES:
+    dims = MODULES.get(type(pool)) if isinstance(pool, nn.Module) else None
+    if dims is None:
         raise TypeError(f"{name}: cannot fuse {pool!r}; allowed: {_ALLOWED}")
-    return MODULES[type(pool)]
+    return dims
 
 
 def _pool(dims: int, given: Mapping[str, Any], name: str) -> Pool:

@@ -18,6 +18,7 @@ import torch
 
 import fastlayers as fl
 from fastlayers import writing
+from tests.emulated import Emulation
 from tests.fuzz import profiles
 
 CAPABILITIES = ("avx512", "avx2", "baseline")
@@ -139,6 +140,12 @@ def cuda_emulated(pytestconfig: pytest.Config) -> ModuleType:
     if sanitizer is None:
         return _compiled("fastlayers_cuda_emulated", "fastlayers_cuda_emulated", "fastlayers_cuda_emulated")
     return _imported("fastlayers_cuda_emulated", cmake_call.BUILD_DIR / f"fastlayers_cuda_emulated_{sanitizer}")
+
+
+@pytest.fixture
+def emulation(cuda_emulated: ModuleType, pytestconfig: pytest.Config) -> Emulation:
+    """The CUDA kernels on the CPU, to be called on tensors."""
+    return Emulation(cuda_emulated, guarded=pytestconfig.getoption("--sanitizer") != "address")
 
 
 @pytest.fixture(scope="session")

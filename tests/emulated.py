@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlayers import activations, masks, pooling
-from tests import philox
+from tests import oracle, philox
 from tests.cases import ACTIVATIONS, Case, Sample, make_sample
 from tests.layouts import LAYOUTS
 from tests.oracle import Results
@@ -264,6 +265,35 @@ def run(emulation: Emulation, emulated: EmulatedSample, wanted: Wanted = Wanted(
         save_bits = sample.residual is not None and activation.derivatives is not None
         forward = Forward(emulation, emulated, activation, save_bits)
         return forward.results | _Backward(emulation, emulated, activation, forward, wanted).results
+
+
+def check(emulation: Emulation, case: Case, mask_dtype: torch.dtype = torch.bool) -> list[Any]:
+    """Compares all results of a case with the oracle; the plans of forward and backward."""
+    given = make_emulated_sample(case, mask_dtype)
+    sample = given.sample
+    results = run(emulation, given)
+    exact = oracle.run(oracle.exact, sample.fresh(torch.float64))
+    oracle.compare(results, sample, exact, oracle.run(oracle.eager, sample.fresh()))
+    return emulation.plans[-2:]
+
+
+def with_options(emulation: Emulation, **options: Any) -> Emulation:
+    """The same kernels on another of GPUS, or in another order."""
+    return dataclasses.replace(emulation, **options, plans=[])
+
+
+def with_gaps(t: Tensor) -> Tensor:
+    """The same values, with NaN between each two in memory."""
+    return torch.stack((t, torch.full_like(t, float("nan"))), 1)[:, 0]
+
+
+def far_apart(t: Tensor) -> Tensor:
+    """The same values, with more than 2^31 elements between samples; memory that nobody touches takes none."""
+    distance = 2**31 + 24
+    elements = (t.shape[0] - 1) * distance + t[0].numel()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    flat = torch.frombuffer(mmap.mmap(-1, elements * t.element_size(), flags=flags), dtype=t.dtype)
+    return flat.as_strided(t.shape, (distance, *t.stride()[1:])).copy_(t)
 
 
 class _AnyForward:

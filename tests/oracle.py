@@ -83,8 +83,8 @@ def fused(sample: Sample) -> Tensor:
 def eager(sample: Sample) -> Tensor:
     """The same by torch's own layers, one after the other.
 
-    Max-pooling takes the elements that it takes in exact arithmetic: two that rounding makes equal have gradients of
-    their own, and an error of which one it was would excuse every other.
+    Max-pooling takes the elements that are known as `Sample.taken`, those of exact arithmetic: two that rounding makes
+    equal have gradients of their own, and an error of which one it was would excuse every other.
     """
     case = sample.case
     momentum = case.momentum
@@ -105,7 +105,9 @@ def eager(sample: Sample) -> Tensor:
         z = z + sample.residual
     y: Tensor = ACTIVATIONS[case.act](z)
     y = y if sample.mask is None else y * _noise(sample, y)
-    return y if sample.taken is None else take(y, sample.taken)
+    if sample.taken is not None:
+        return take(y, sample.taken)
+    return y if case.pool is None else case.pool_layer(y)
 
 
 def _noise(sample: Sample, y: Tensor) -> Tensor:

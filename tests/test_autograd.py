@@ -124,7 +124,7 @@ def test_second_order_where_planes_are_dropped(device: torch.device) -> None:
     x[dropped] = float("nan")
     x.requires_grad_()
     gradients = torch.autograd.grad(function(x).sin().sum(), [x, weight, bias], create_graph=True)
-    again = torch.autograd.grad(sum(g.sin().sum() for g in gradients), [x, weight, bias])
+    again = torch.autograd.grad(torch.stack([g.sin().sum() for g in gradients]).sum(), [x, weight, bias])
     assert all(g.isfinite().all() for g in (*gradients, *again))
     assert not again[0][dropped].any()
 

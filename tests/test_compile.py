@@ -248,7 +248,7 @@ def test_dynamic_from_the_start(options: dict[str, Any]) -> None:
     layer, counter = fl.BatchNormAct2d(6, **options), CompileCounterWithBackend("aot_eager")
     run = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     # No pooled width is 1: torch 2.15 compiles that once more, for its own layers, too.
-    for shape in ((4, 6, 5, 7), (3, 6, 9, 4), (8, 6, 4, 4)):
+    for shape in ((4, 6, 5, 7), (3, 6, 9, 5), (8, 6, 6, 6)):
         x = torch.randn(shape, requires_grad=True)
         run(x, None if "pool" in options else torch.randn(shape)).sum().backward()
         assert x.grad is not None
@@ -286,9 +286,12 @@ def test_inductor_draws_whole_planes() -> None:
 def test_training_with_evaluation_in_between_recompiles_nothing() -> None:
     """After the first epoch no step compiles, whatever its batch and statistics."""
     network = nn.Sequential(
-        nn.Conv2d(3, 6, 3), fl.BatchNormAct2d(6, drop_p=0.3), fl.Dropout(0.2), fl.BatchNorm2d(6, momentum=None),
+        nn.Conv2d(3, 6, 3),
+        fl.BatchNormAct2d(6, drop_p=0.3),
         fl.BatchNormAct2d(6, drop_p=0.3, pool=nn.MaxPool2d(3, 2, 1)),
-    )  # fmt: skip
+        fl.Dropout(0.2),
+        fl.BatchNorm2d(6, momentum=None),
+    )
     counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(network, fullgraph=True, dynamic=True, backend=counter)
     optimiser = torch.optim.SGD(network.parameters(), 0.1)

@@ -298,7 +298,7 @@ OWN: list[tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = [
     ),
     (_layer(pool=nn.MaxPool1d(2)), ValueError, ("pool", "MaxPool1d", "2")),
     (_layer(pool=nn.MaxPool2d), TypeError, ("pool", "MaxPool2d", "nn.MaxPool2d")),
-    (_layer(pool=nn.MaxPool2d(2, return_indices=True)), ValueError, ("pool", "return_indices=True", "without")),
+    (_layer(pool=nn.MaxPool2d(2, return_indices=True)), ValueError, ("pool", "return_indices=True", "allowed: False")),
     (_layer(pool=nn.MaxPool2d(2), pool_kernel_size=2), ValueError, ("pool", "MaxPool2d", "pool_kernel_size=2")),
     (_layer(pool=nn.MaxPool2d(2), pool_padding=1), ValueError, ("pool", "pool_padding=1", "one or the other")),
     (_layer(pool=nn.MaxPool2d(2), pool_ceil_mode=True), ValueError, ("pool", "pool_ceil_mode=True")),

@@ -146,13 +146,13 @@ class _PoolLayer(NamedTuple):
         channels = [torch.empty(self.shape[1]) for _ in range(4)]
         mask = x.new_empty(self.shape[:2]) if self.dropout else None
         act = (activation.code, activation.params)
-        output, mean, invstd, *saved = calls.batch_norm_act_pool_fwd(
+        output, mean, invstd, selected, positions = calls.batch_norm_act_pool_fwd(
             x, channels[0], channels[1], mask, channels[2], channels[3], torch.zeros((), dtype=torch.int64),
             self.training, 0.1, 1e-5, *act, activation.monotone, 2.0, *window, True,
         )  # fmt: skip
         calls.batch_norm_act_pool_bwd(
-            output, x, *saved, channels[0], channels[1], mask, mean, invstd, self.training, *act, 2.0, *window,
-            True, True,
+            output, x, selected, positions, channels[0], channels[1], mask, mean, invstd, self.training, *act, 2.0,
+            *window, True, True,
         )  # fmt: skip
 
     def full_size_accesses(self, kernel: str) -> tuple[int, int]:

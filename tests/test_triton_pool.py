@@ -24,7 +24,7 @@ from tests.oracle import check, eager, exact, fused, kinds, run
 
 pytest.importorskip("triton")
 
-from fastlayers.triton import calls, ops, plans
+from fastlayers.triton import calls, launches, ops, plans
 from tests.interpreted import WAYS, every_way, forget, turn_around_the_order, use
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -121,12 +121,14 @@ class _Call:
 
 
 _BOTH = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+# Evaluation takes the same way whatever programs hold.
+_IN_PARTS = pytest.mark.parametrize("way", ["parts"], indirect=True)
 _NAN, _INF = float("nan"), float("inf")
 
 
-@every_way
+@_IN_PARTS
 @_BOTH
-@pytest.mark.parametrize("pool", ["2/2", "3/2 ceil", "oblong"])
+@pytest.mark.parametrize("pool", ["3/2 ceil", "oblong"])
 @pytest.mark.parametrize(("act", "dtype"), [("relu", f32), ("identity", bf16), ("gelu", f32)])
 def test_triton_pool_takes_what_torch_takes(
     way: str, layout: str, pool: str, act: str, dtype: torch.dtype, device: torch.device
@@ -142,11 +144,12 @@ def test_triton_pool_takes_what_torch_takes(
         assert torch.equal(pooling.indices(call.pool, positions, x.shape[2:]), expected)
         taken = pooling.take(x, expected)
         assert torch.equal(torch.nan_to_num(selected, nan=7), torch.nan_to_num(taken, nan=7))
-        z = fl.reference.normalize(taken.double(), *(s.double() for s in call.statistics), weight.double(), None)
+        mean, invstd = (s.double() for s in call.statistics)
+        z = fl.reference.normalize(taken.double(), mean, invstd, weight.double(), None)
         assert torch.equal(kinds(output), kinds(call.activation.apply(z).to(dtype)))
 
 
-@every_way
+@_IN_PARTS
 @_BOTH
 @pytest.mark.parametrize(("act", "scale"), [("identity", 1.0), ("relu", -1.0), ("softplus(-1)", 1.0)])
 def test_triton_pool_takes_the_first_of_windows_without_any_more(
@@ -161,15 +164,16 @@ def test_triton_pool_takes_the_first_of_windows_without_any_more(
     assert (selected == x[0, 0, 0, 0]).all()
 
 
-@every_way
+@_IN_PARTS
 @_BOTH
 def test_triton_pool_gradients_of_ties_and_plateaus(way: str, layout: str, device: torch.device) -> None:
     """Those of torch, whatever was taken: where elements are equal, and where ReLU or a scale of 0 makes them so."""
-    x = in_layout(torch.randint(-2, 3, (3, 4, 7, 6), device=device).float(), layout)
+    x = in_layout(torch.randint(-2, 3, (2, 4, 5, 6), device=device).float(), layout)
     for act in ("relu", "relu6", "identity"):
         call = _Call(x, act, nn.MaxPool2d(4, 1, 2), torch.tensor([1.0, -3.0, 0.0, 2.0], device=device))
         leaves = [t.clone().requires_grad_() for t in (x, call.weight, call.bias)]
-        z = F.batch_norm(leaves[0], *call.statistics, *leaves[1:], eps=0.0)
+        mean, var = call.statistics
+        z = F.batch_norm(leaves[0], mean, var, leaves[1], leaves[2], eps=0.0)
         expected = call.pool.apply(ACTIVATIONS[act](z))
         forward = call.forward()
         assert torch.equal(forward[0], expected)
@@ -178,7 +182,7 @@ def test_triton_pool_gradients_of_ties_and_plateaus(way: str, layout: str, devic
             torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
 
 
-@every_way
+@_IN_PARTS
 @_BOTH
 @pytest.mark.parametrize("mask_dtype", [torch.bool, f32])
 def test_triton_pool_dropped_planes(way: str, layout: str, mask_dtype: torch.dtype, device: torch.device) -> None:
@@ -212,7 +216,7 @@ def test_triton_pool_in_training_does_not_read_gradients_of_dropped_planes(way: 
         assert torch.equal(got, expected)
 
 
-@every_way
+@pytest.mark.parametrize("way", ["whole", "parts"], indirect=True)
 @_BOTH
 @pytest.mark.parametrize("value", [_NAN, _INF, -_INF])
 @pytest.mark.parametrize("training", [True, False])
@@ -220,7 +224,7 @@ def test_triton_pool_nan_and_infinity(
     way: str, layout: str, value: float, training: bool, device: torch.device
 ) -> None:
     """They come out where torch lets them out."""
-    case = Case((4, 3, 6, 7), layout=layout, training=training, pool="3/1/1")
+    case = Case((3, 2, 6, 7), layout=layout, training=training, pool="3/2 ceil")
     sample = make_sample(case, device)
     sample.input[-1, 1, 2, 3] = value
     sample = dataclasses.replace(sample, taken=None)
@@ -324,7 +328,7 @@ def test_triton_pool_double_backward(case: Case, device: torch.device) -> None:
 
     def second_order(operator: Callable[[Any], Tensor]) -> Sequence[Tensor]:
         leaves = sample.fresh()
-        tensors = [leaves.input, leaves.weight, leaves.bias]
+        tensors = [t for t in (leaves.input, leaves.weight, leaves.bias) if t is not None]
         first = torch.autograd.grad(operator(leaves).sin().sum(), tensors, create_graph=True)
         return torch.autograd.grad(torch.stack([g.sin().sum() for g in first]).sum(), tensors, materialize_grads=True)
 
@@ -363,8 +367,13 @@ def test_triton_pool_operators_pass_opcheck(layout: str, dims: int, device: torc
 def test_triton_pool_is_fused(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer's step takes one launch forward and two backward where programs hold channels, five where not."""
     launched = []
-    launch = calls.launch
-    monkeypatch.setattr(calls, "launch", lambda kernel, *rest: (launched.append(_name(kernel)), launch(kernel, *rest)))
+    launch = launches.launch
+
+    def watched(kernel: Any, *rest: Any) -> None:
+        launched.append(_name(kernel))
+        launch(kernel, *rest)
+
+    monkeypatch.setattr(calls, "launch", watched)
     layer = fl.BatchNormAct2d(3, act_layer="relu", drop_p=0.5, pool=nn.MaxPool2d(2)).to(device)
     x = torch.randn(4, 3, 8, 8, device=device, requires_grad=True)
     layer(x).sum().backward()
@@ -409,9 +418,9 @@ def test_triton_pool_operators_say_what_is_wrong(device: torch.device) -> None:
         ((x, None, square, False), "in evaluation mode"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            forward(*arguments)  # type: ignore[arg-type]
+            forward(*arguments)
     with pytest.raises(ValueError, match="windows without a single element"):
-        forward(x, None, [3, 3, 1, 1, 1, 1, 7, 7])
+        forward(x, None, [2, 2, 1, 1, 1, 1, 7, 7])
     call = _Call(x, "relu", nn.MaxPool2d(2), torch.ones(3, device=device))
     output, *rest = call.forward()
     for name, grad, saved in (

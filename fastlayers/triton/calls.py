@@ -493,7 +493,10 @@ def _pool_plan(
     pooled = (*shape[:2], *pool.output_size(shape[2:]))
     frame = None
     if shape[0] > 0:
-        walked = {"x": dense if copied else strides, "y": dense if irregular else gradient}
+        walked: dict[str, Sequence[int] | None] = {
+            "x": dense if copied else strides,
+            "y": dense if irregular else gradient,
+        }
         frame = pool_frame_of(shape, dtype, rows, walked, window, pooled)
     return _PoolPlan(frame, pooled, dense_strides(pooled, rows), dense, copied, irregular)
 
@@ -557,10 +560,10 @@ def batch_norm_act_pool_fwd(
             batches.add_(1)
         return output, mean.zero_(), invstd.zero_(), selected, positions
     _count_first(batches, momentum)
-    written = [_contiguous(state) for state in states.values()]
+    written_mean, written_var = (_contiguous(state) for state in states.values())
     tensors = _PoolForward(
         plan.source(input), output, selected if save else None, positions if save else None, _contiguous(mask),
-        _contiguous(weight), _contiguous(bias), mean, invstd, *written, batches,
+        _contiguous(weight), _contiguous(bias), mean, invstd, written_mean, written_var, batches,
     )  # fmt: skip
     call = _Call(
         float(eps), float(momentum or 0), momentum is None, _keep(mask), drop_scale, (activation, *activation_params)
@@ -568,7 +571,7 @@ def batch_norm_act_pool_fwd(
     with _on_device_of(input):
         _pool(plan.frame, tensors, call, training, monotone)
     if training:
-        _copy_back(list(states.values()), written)
+        _copy_back(list(states.values()), (written_mean, written_var))
     return output, mean, invstd, selected, positions
 
 

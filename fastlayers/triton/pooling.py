@@ -64,7 +64,7 @@ def _reach(KERNEL, STRIDE, DILATION):
 @triton.constexpr_function
 def _windows(KERNEL, STRIDE, DILATION):
     """How many of them may have it: not more than elements of a window."""
-    return min((KERNEL - 1) * DILATION // STRIDE + 1, KERNEL)
+    return min(_reach(KERNEL, STRIDE, DILATION), KERNEL)
 
 
 @triton.jit
@@ -169,14 +169,14 @@ def _best(
         step = x_outer * VEC
     else:
         step = 1
-    # The first element stands, even where no key is above -inf.
+    # The first element stands where no key is better than what is begun with, which is that of absent ones.
     first = (_first(top, DH) * KW)[:, None] + _along_columns(_first(left, DW), ROWS)
     position = tl.broadcast_to(first, (B0, B1)).to(tl.int32)
-    # 1, 0 or -1; and what stands for elements that are not there: its key is -inf, or 0 among zeros.
+    # 1, 0 or -1; and what stands for elements that are absent: its key is -inf, or 0 where all are.
     sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0)).to(ACC)
     if MONOTONE:
         best = tl.zeros((B0, B1), ACC)
-        best_key = tl.full((B0, B1), float("-inf"), ACC)
+        best_key = tl.broadcast_to(tl.where(sign == 0, 0.0, float("-inf")).to(ACC)[None, :], (B0, B1))
         absent = tl.where(scale > 0, float("-inf"), tl.where(scale < 0, float("inf"), 0.0))
         absent = tl.broadcast_to(absent[None, :], (B0, B1)).to(X.dtype.element_ty)
     else:

@@ -11,8 +11,8 @@ namespace fastlayers {
 // In no namespace of an instruction set: the CPU kernels take these from code that was compiled for none, and functions
 // that are inlined everywhere leave the linker nothing to mix up.
 
-// One dimension of a pool: window o has the elements start(o) + k * dilation, 0 <= k < kernel, that exist. Factor is Int,
-// or what divides one faster.
+// One dimension of a pool: window o has the elements start(o) + k * dilation, 0 <= k < kernel, that exist. Factor is
+// Int, or what divides one faster.
 template <class Int, class Factor = Int>
 struct BasicPoolAxis {
   Int input = 1, output = 1;  // sizes

@@ -259,10 +259,11 @@ Plan plan_pool_rows(const Shape& shape, std::int64_t positions, const Device& de
   return plan;
 }
 
-Plan plan_pool_planes(const Shape& pooled, const Device& device) {
+Plan plan_pool_planes(const Shape& shape, const Pool& pool, const Device& device) {
   Plan plan;
+  const std::int64_t strips = shape.batch * ceil_div(pool.height.output, kStripRows) * pool.width.output;
   plan.threads = kPoolThreads;
-  plan.splits = pool_splits(device, pooled.channels, ceil_div(pooled.count_per_channel(), plan.threads));
+  plan.splits = pool_splits(device, shape.channels, ceil_div(strips, plan.threads));
   plan.shared_bytes = kPlanesSharedBytes;
   return plan;
 }
@@ -340,7 +341,7 @@ PooledPlan plan_pooled_forward(const PooledForwardArgs& args, const Device& devi
   if (args.training && !args.shape.rows)
     if (const auto on_chip = Planes(request, device).whole_planes()) return {*on_chip, {}};
   plan.last = args.shape.rows ? plan_pool_rows(args.shape, pooled.count_per_channel(), device)
-                              : plan_pool_planes(pooled, device);
+                              : plan_pool_planes(args.shape, args.pool, device);
   finish(plan, request, device);
   return plan;
 }

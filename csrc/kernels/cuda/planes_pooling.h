@@ -10,6 +10,7 @@ namespace fastlayers::cuda {
 // What the pooling kernels have to know besides PlanesWalk.
 struct PlanesPoolWalk {
   PoolWalk pool;
+  Divisor strips;                      // of a plane: columns of kStripRows windows
   int summed_splits = 1;               // blocks whose sums of a channel wait to be added up
   std::uint32_t batch = 0;             // planes of a channel
   std::uint32_t planes_per_block = 0;  // that a block keeps
@@ -39,42 +40,51 @@ struct WholePlanes {
   }
 };
 
-// Pools the windows [begin, end) of a channel, counted through all its planes; the last first. plane_at(sample) is
-// where a plane begins, in shared or in global memory.
-template <class T, class PlaneAt>
-__device__ __forceinline__ void pool_windows(const PooledForwardArgs& args, const PlanesWalk& walk,
-                                             const PoolWalk& pool, std::int64_t channel, std::uint32_t begin,
-                                             std::uint32_t end, const ChannelAffine<Compute<T>>& affine,
-                                             PlaneAt&& plane_at) {
+// Pools strips of windows, [begin, end) of those of a channel, the last first: so many rows of one column, so that what
+// a column and a plane have in common is worked out once. plane_at(sample) is where a plane begins, in shared or in
+// global memory.
+template <class T, Activations kWhich, class Offset, int kUnroll, class PlaneAt>
+__device__ __forceinline__ void pool_strips(const PooledForwardArgs& args, const PlanesWalk& walk,
+                                            const PlanesPoolWalk& pooling, std::int64_t channel, std::uint32_t begin,
+                                            std::uint32_t end, const ChannelAffine<Compute<T>>& affine,
+                                            PlaneAt&& plane_at) {
   using S = Compute<T>;
+  const PoolWalk& pool = pooling.pool;
   const Uniform<ChannelAffine<S>> affines{affine};
+  const auto scale = static_cast<S>(args.keep.scale);
   for (std::uint32_t step = (end - begin + blockDim.x - 1) / blockDim.x; step-- > 0;) {
     const std::uint32_t i = begin + step * blockDim.x + threadIdx.x;
     if (i >= end) continue;
-    const std::uint32_t sample = pool.outputs.quotient(i), window = pool.outputs.remainder(i, sample);
-    const std::uint32_t row = pool.output_columns.quotient(window), column = pool.output_columns.remainder(window, row);
+    const std::uint32_t sample = pooling.strips.quotient(i), in_plane = pooling.strips.remainder(i, sample);
+    const std::uint32_t strip = pool.output_columns.quotient(in_plane);
+    const auto column = static_cast<int>(pool.output_columns.remainder(in_plane, strip));
+    const int first_row = static_cast<int>(strip) * kStripRows, rows_left = pool.height.output - first_row;
+    const int rows = rows_left < kStripRows ? rows_left : kStripRows;
     const std::int64_t plane = plane_of(walk, channel, sample);
-    S output[1] = {}, selected = 0;
-    int position = 0;
-    if (!args.keep.planes || is_kept(args.keep, plane)) {
-      const T* from = plane_at(sample);
-      const auto load = [&](int h, int w) { return Single<S>{widen(from[h * pool.width.input + w])}; };
-      const auto largest = pooled<S, 1>(args, pool, affines, static_cast<int>(row), static_cast<int>(column), load);
-      activated(args.activation, affines, largest.x, output);
-      output[0] *= static_cast<S>(args.keep.scale);
-      selected = largest.x[0];
-      position = largest.position[0];
+    const bool kept = !args.keep.planes || is_kept(args.keep, plane);
+    const T* from = plane_at(sample);
+    const Reach columns(pool.width, column);
+    std::int64_t to = plane * pool.outputs.divisor + first_row * pool.width.output + column;
+    for (int row = 0; row < rows; ++row, to += pool.width.output) {
+      S output[1] = {}, x[1] = {};
+      int position[1] = {};
+      if (kept) {
+        const Window<Offset> window(pool, Reach(pool.height, first_row + row), columns, 1);
+        pooled<kWhich, kUnroll>(
+            args, pool, window, affines, [&](Offset at, S(&values)[1]) { values[0] = widen(from[at]); },
+            [&](Offset at, int) { return widen(from[at]); }, x, position);
+        activated<kWhich>(args.activation, affines, x, output);
+      }
+      narrow(output[0] * scale, static_cast<T*>(args.output.data)[to]);
+      if (args.selected) narrow(x[0], static_cast<T*>(args.selected)[to]);
+      if (args.positions) args.positions[to] = static_cast<std::uint8_t>(position[0]);
     }
-    const std::int64_t to = plane * pool.outputs.divisor + window;
-    narrow(output[0], static_cast<T*>(args.output.data)[to]);
-    if (args.selected) narrow(selected, static_cast<T*>(args.selected)[to]);
-    if (args.positions) args.positions[to] = static_cast<std::uint8_t>(position);
   }
 }
 
 // Forward in one kernel: each channel has one block, or the blocks of a cluster, each of which keeps its planes in
 // shared memory from the sums to the pooling.
-template <class T, int kTile>
+template <class T, int kTile, Activations kWhich>
 __global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(false))
     planes_pool_forward_on_chip(const PooledForwardArgs args, const PlanesWalk walk, const PlanesPoolWalk pooling) {
   using S = Compute<T>;
@@ -97,14 +107,14 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(false))
     return staged + (sample - part.first) * walk.groups_per_plane.divisor * kGroup +
            skew_of(walk, part.channel, sample);
   };
-  const std::uint32_t windows = pooling.pool.outputs.divisor;
-  pool_windows<T>(args, walk, pooling.pool, part.channel, part.first * windows, (part.first + part.count) * windows,
-                  shared.numbers, plane_at);
+  const std::uint32_t strips = pooling.strips.divisor;
+  pool_strips<T, kWhich, int, 1>(args, walk, pooling, part.channel, part.first * strips,
+                                 (part.first + part.count) * strips, shared.numbers, plane_at);
 }
 
 // The second of two kernels, behind planes_forward_sums, or the only one in evaluation mode. Begins where the first
 // ended. Windows that overlap read from the first-level cache what they have in common.
-template <class T>
+template <class T, Activations kWhich>
 __global__ void __launch_bounds__(kPoolThreads) planes_pool_forward(const PooledForwardArgs args, const PlanesWalk walk,
                                                                     const PlanesPoolWalk pooling, const Pair* partial) {
   using Shared = PlanesShared<ChannelAffine<Compute<T>>>;
@@ -115,12 +125,12 @@ __global__ void __launch_bounds__(kPoolThreads) planes_pool_forward(const Pooled
   const Pair sums = args.training ? sum_of_parts(channel, pooling.summed_splits, partial, shared.scratch) : Pair{};
   if (threadIdx.x == 0) shared.numbers = finished_affine<T>(args, channel, sums, split == 0);
   __syncthreads();
-  const std::uint32_t windows = pooling.batch * pooling.pool.outputs.divisor, share = (windows + splits - 1) / splits;
-  const std::uint32_t begin = split * share < windows ? split * share : windows;
-  const std::uint32_t end = windows - begin < share ? windows : begin + share;
+  const std::uint32_t strips = pooling.batch * pooling.strips.divisor, share = (strips + splits - 1) / splits;
+  const std::uint32_t begin = split * share < strips ? split * share : strips;
+  const std::uint32_t end = strips - begin < share ? strips : begin + share;
   const T* input = static_cast<const T*>(args.input.data) + channel * args.input.inner;
-  pool_windows<T>(args, walk, pooling.pool, channel, begin, end, shared.numbers,
-                  [&](std::uint32_t sample) { return input + sample * args.input.outer; });
+  pool_strips<T, kWhich, std::int64_t, 2>(args, walk, pooling, channel, begin, end, shared.numbers,
+                                          [&](std::uint32_t sample) { return input + sample * args.input.outer; });
 }
 
 // Windows that have elements in a tile: some columns of some rows of windows, rows counted through all planes of a
@@ -142,6 +152,9 @@ struct WindowRange {
     first_column = static_cast<std::uint32_t>(from);
     columns = to > from ? static_cast<std::uint32_t>(to - from) : 0;
     if (end_row > first_row) count = (end_row - first_row) * columns;
+  }
+  __device__ __forceinline__ std::uint32_t row_of(const PoolWalk& pool, std::uint32_t i) const {
+    return columns == pool.output_columns.divisor ? pool.output_columns.quotient(i) : i / columns;
   }
 
  private:
@@ -184,7 +197,7 @@ __device__ __forceinline__ void spread_gradients(const PooledBackwardArgs& args,
     std::int64_t at = 0;
     S g = 0;
     if (const std::uint32_t i = begin + threadIdx.x; i < range.count) {
-      const std::uint32_t in_range = i / range.columns, row_of_all = range.first_row + in_range;
+      const std::uint32_t in_range = range.row_of(pool, i), row_of_all = range.first_row + in_range;
       const std::uint32_t sample = pool.output_rows.quotient(row_of_all);
       const auto row = static_cast<int>(pool.output_rows.remainder(row_of_all, sample));
       const auto column = static_cast<int>(range.first_column + i - in_range * range.columns);

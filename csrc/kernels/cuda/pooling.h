@@ -16,96 +16,115 @@ struct PoolWalk {
   Divisor input_columns, output_columns, output_rows, kernel_columns;
 };
 
-// One value, for what is written for several.
-template <class S>
-struct Single {
-  S value;
-  __device__ __forceinline__ S operator[](int) const { return value; }
+// What a window has in one dimension: from where, before the input if padded, and which of its numbers exist.
+struct Reach {
+  int start, first, end;
+  __device__ __forceinline__ Reach(const BasicPoolAxis<int, Factor>& axis, int window)
+      : start(axis.start(window)), first(axis.first(window)), end(axis.end(window)) {}
 };
 
-// The elements that windows of kCount planes side by side take, by their keys.
+// Where the elements of a window are: (kh, kw) is at `origin` + kh * `down` + kw * `across` from the start of its
+// plane.
+template <class Offset>
+struct Window {
+  Reach rows, columns;
+  Offset origin, down, across;
+
+  // `step` leads from one element of a plane to the next.
+  __device__ __forceinline__ Window(const PoolWalk& pool, const Reach& rows_, const Reach& columns_, Offset step)
+      : rows(rows_),
+        columns(columns_),
+        origin((rows.start * pool.width.input + columns.start) * step),
+        down(pool.height.dilation * pool.width.input * step),
+        across(pool.width.dilation * step) {}
+
+  __device__ __forceinline__ Offset at(int kh, int kw) const { return origin + kh * down + kw * across; }
+};
+
+// The elements that windows of kCount planes side by side take: their keys and their numbers in the window.
 template <class S, int kCount>
 struct Largest {
-  S key[kCount], x[kCount];
-  int position[kCount];  // in the window
+  S key[kCount];
+  int position[kCount];
 };
 
-// Of equal keys the first is taken, of NaN the last, as torch does. load(h, w) has what lies there in the input, a
-// value for each plane; keys(x, k) works out by what it is compared.
-template <class S, int kCount, class Load, class Keys>
-__device__ __forceinline__ Largest<S, kCount> largest_of_window(const PoolWalk& pool, int row, int column, Load&& load,
-                                                                Keys&& keys) {
-  const int top = pool.height.start(row), left = pool.width.start(column);
-  const int first_row = pool.height.first(row), first_column = pool.width.first(column);
-  const int rows_end = pool.height.end(row), columns_end = pool.width.end(column);
-  constexpr S kLowest = -std::numeric_limits<S>::infinity();
+// Of equal keys the first is taken, of NaN the last, as torch does. keys(at, k) works out by what the elements there
+// are compared.
+template <class S, int kCount, int kUnroll, class Offset, class Keys>
+__device__ __forceinline__ Largest<S, kCount> largest_of(const Window<Offset>& window, int kernel_columns,
+                                                         Keys&& keys) {
   Largest<S, kCount> best;
 #pragma unroll
   for (int e = 0; e < kCount; ++e) {
-    best.key[e] = kLowest;
-    best.x[e] = 0;
-    best.position[e] = first_row * pool.width.kernel + first_column;
+    best.key[e] = -std::numeric_limits<S>::infinity();
+    best.position[e] = window.rows.first * kernel_columns + window.columns.first;
   }
-  for (int kh = first_row; kh < rows_end; ++kh) {
-#pragma unroll 2
-    for (int kw = first_column; kw < columns_end; ++kw) {
-      const auto x = load(top + kh * pool.height.dilation, left + kw * pool.width.dilation);
+  for (int kh = window.rows.first; kh < window.rows.end; ++kh) {
+    Offset at = window.at(kh, window.columns.first);
+    const int number = kh * kernel_columns;
+#pragma unroll kUnroll
+    for (int kw = window.columns.first; kw < window.columns.end; ++kw, at += window.across) {
       S k[kCount];
-      keys(x, k);
+      keys(at, k);
 #pragma unroll
       for (int e = 0; e < kCount; ++e) {
         if (!(k[e] > best.key[e] || k[e] != k[e])) continue;
         best.key[e] = k[e];
-        best.x[e] = x[e];
-        best.position[e] = kh * pool.width.kernel + kw;
+        best.position[e] = number + kw;
       }
     }
-  }
-  // Nothing is larger than the smallest there is: then it is the first element.
-  bool none = false;
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) none |= best.key[e] == kLowest;
-  if (none) {
-    const auto x = load(top + first_row * pool.height.dilation, left + first_column * pool.width.dilation);
-#pragma unroll
-    for (int e = 0; e < kCount; ++e)
-      if (best.key[e] == kLowest) best.x[e] = x[e];
   }
   return best;
 }
 
-// What a monotone activation of the normalised value rises with, times x: all are alike where the scale is 0, and NaN
-// where it is NaN.
-template <class S>
-__device__ __forceinline__ S direction(S scale) {
-  return scale > 0 ? S(1) : scale < 0 ? S(-1) : scale;
-}
-
 // act(z) for each of kCount values.
-template <int kCount, class S, class Affines>
+template <Activations kWhich, class S, int kCount, class Affines>
 __device__ __forceinline__ void activated(const ActivationCall& call, const Affines& affine, const S (&x)[kCount],
                                           S (&values)[kCount]) {
   const auto one = [&](auto activation, int e) {
     values[e] = activation.value(normalize<S>(x[e], affine[e].mean, affine[e].scale, affine[e].shift));
   };
-  each_element<Activations::all, S, kCount>(call, one);
+  each_element<kWhich, S, kCount>(call, one);
 }
 
-// The largest elements of kCount windows side by side by their activated values.
-template <class S, int kCount, class Affines, class Load>
-__device__ __forceinline__ Largest<S, kCount> pooled(const PooledForwardArgs& args, const PoolWalk& pool,
-                                                     const Affines& affine, int row, int column, Load&& load) {
-  if (args.monotone)
-    return largest_of_window<S, kCount>(pool, row, column, load, [&](const auto& x, S(&k)[kCount]) {
+// The elements, x, that kCount windows side by side take, and their numbers in their windows. load(at, x) has what lies
+// there; element(at, e) has it of one plane.
+//
+// A monotone activation of the normalised value rises with x or falls with it, as the sign of the scale says; where
+// that is 0 all are alike, and where it is NaN all are NaN.
+template <Activations kWhich, int kUnroll, class S, int kCount, class Affines, class Offset, class Load, class Element>
+__device__ __forceinline__ void pooled(const PooledForwardArgs& args, const PoolWalk& pool,
+                                       const Window<Offset>& window, const Affines& affine, Load&& load,
+                                       Element&& element, S (&x)[kCount], int (&position)[kCount]) {
+  S sign[kCount];
 #pragma unroll
-      for (int e = 0; e < kCount; ++e) k[e] = x[e] * direction(affine[e].scale);
+  for (int e = 0; e < kCount; ++e) sign[e] = affine[e].scale > 0 ? S(1) : affine[e].scale < 0 ? S(-1) : affine[e].scale;
+  const bool monotone = kWhich == Activations::rectifiers || args.monotone;
+  Largest<S, kCount> found;
+  if (monotone)
+    found = largest_of<S, kCount, kUnroll>(window, pool.width.kernel, [&](Offset at, S(&k)[kCount]) {
+      load(at, k);
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) k[e] *= sign[e];
     });
-  return largest_of_window<S, kCount>(pool, row, column, load, [&](const auto& x, S(&k)[kCount]) {
-    S values[kCount];
+  else
+    found = largest_of<S, kCount, 1>(window, pool.width.kernel, [&](Offset at, S(&k)[kCount]) {
+      S values[kCount];
+      load(at, values);
+      activated<kWhich>(args.activation, affine, values, k);
+    });
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) values[e] = x[e];
-    activated(args.activation, affine, values, k);
-  });
+  for (int e = 0; e < kCount; ++e) {
+    position[e] = found.position[e];
+    // Almost always the key says which it was.
+    if (monotone && sign[e] * sign[e] == 1) {
+      x[e] = found.key[e] * sign[e];
+    } else {
+      const auto number = static_cast<std::uint32_t>(position[e]);
+      const std::uint32_t kh = pool.kernel_columns.quotient(number);
+      x[e] = element(window.at(static_cast<int>(kh), static_cast<int>(pool.kernel_columns.remainder(number, kh))), e);
+    }
+  }
 }
 
 }  // namespace fastlayers::cuda

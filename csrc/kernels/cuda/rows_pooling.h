@@ -116,7 +116,7 @@ class Places {
 };
 
 // `numbers` is null in evaluation mode: each thread works them out itself. Begins where the sums before it ended.
-template <class T>
+template <class T, Activations kWhich>
 __global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     rows_pool_forward(const PooledForwardArgs args, const RowsPoolWalk walk, const ChannelAffine<Compute<T>>* numbers) {
   using S = Compute<T>;
@@ -127,35 +127,39 @@ __global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     return numbers ? numbers[c] : channel_affine<S>(args, c, running_statistics(args, c, part.leads));
   });
   const T* input = static_cast<const T*>(args.input.data) + part.channel;
-  each_position(
-      args.keep, walk, part, pool.outputs,
-      [&](std::uint32_t i, std::uint32_t sample, std::uint32_t window, unsigned kept) {
-        Group<T> output = zeros<T>(), selected = zeros<T>();
-        Places places;
-        if (kept) {
-          const std::uint32_t row = pool.output_columns.quotient(window);
-          const std::uint32_t column = pool.output_columns.remainder(window, row);
-          const std::int64_t plane = std::int64_t{sample} * pool.inputs.divisor;
-          const auto load_at = [&](int h, int w) {
-            return load(input + (plane + h * pool.width.input + w) * args.input.outer, part.valid, walk.aligned_input);
-          };
-          const auto largest =
-              pooled<S, kGroup>(args, pool, affines, static_cast<int>(row), static_cast<int>(column), load_at);
-          S values[kGroup];
-          activated(args.activation, affines, largest.x, values);
+  const auto pool_one = [&](std::uint32_t i, std::uint32_t sample, std::uint32_t place, unsigned kept) {
+    Group<T> output = zeros<T>(), selected = zeros<T>();
+    Places places;
+    if (kept) {
+      const std::uint32_t row = pool.output_columns.quotient(place);
+      const auto column = static_cast<int>(pool.output_columns.remainder(place, row));
+      const Window<std::int64_t> window(pool, Reach(pool.height, static_cast<int>(row)), Reach(pool.width, column),
+                                        args.input.outer);
+      const T* from = input + sample * (pool.inputs.divisor * args.input.outer);
+      const auto load_at = [&](std::int64_t at, S(&values)[kGroup]) {
+        const Group<T> group = load(from + at, part.valid, walk.aligned_input);
 #pragma unroll
-          for (int e = 0; e < kGroup; ++e) {
-            const bool is_kept = kept >> e & 1;
-            output.set(e, is_kept ? values[e] * static_cast<S>(args.keep.scale) : S(0));
-            selected.set(e, is_kept ? largest.x[e] : S(0));
-            places.set(e, is_kept ? static_cast<unsigned>(largest.position[e]) : 0);
-          }
-        }
-        const std::int64_t to = i * walk.channels + part.channel;
-        store(static_cast<T*>(args.output.data) + to, output, part.valid, walk.aligned_output);
-        if (args.selected) store(static_cast<T*>(args.selected) + to, selected, part.valid, walk.aligned_selected);
-        if (args.positions) places.store(args.positions + to, part.valid, walk.aligned_positions);
-      });
+        for (int e = 0; e < kGroup; ++e) values[e] = group[e];
+      };
+      const auto element = [&](std::int64_t at, int e) { return part.valid.has(e) ? widen(from[at + e]) : S(0); };
+      S x[kGroup], values[kGroup];
+      int position[kGroup];
+      pooled<kWhich, 2>(args, pool, window, affines, load_at, element, x, position);
+      activated<kWhich>(args.activation, affines, x, values);
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e) {
+        if (!(kept >> e & 1)) continue;
+        output.set(e, values[e] * static_cast<S>(args.keep.scale));
+        selected.set(e, x[e]);
+        places.set(e, static_cast<unsigned>(position[e]));
+      }
+    }
+    const std::int64_t to = i * walk.channels + part.channel;
+    store(static_cast<T*>(args.output.data) + to, output, part.valid, walk.aligned_output);
+    if (args.selected) store(static_cast<T*>(args.selected) + to, selected, part.valid, walk.aligned_selected);
+    if (args.positions) places.store(args.positions + to, part.valid, walk.aligned_positions);
+  };
+  each_position(args.keep, walk, part, pool.outputs, pool_one);
 }
 
 // Adds to `sums` the gradients, before the activation, of those windows whose largest element is at (h, w), of the
@@ -203,24 +207,22 @@ __global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
   if (part.valid.empty()) return;
   const auto gradients = of_channels<Gradient<S>>(
       part, [&](std::int64_t c) { return numbers ? numbers[c] : channel_gradient<S>(args, c, {}, false); });
-  each_position(args.keep, walk, part, walk.pool.inputs,
-                [&](std::uint32_t i, std::uint32_t sample, std::uint32_t place, unsigned kept) {
-                  Group<T> x = zeros<T>();
-                  if (args.training)
-                    x = load(static_cast<const T*>(args.whole_input.data) + i * args.whole_input.outer + part.channel,
-                             part.valid, walk.aligned_input);
-                  const std::uint32_t h = walk.pool.input_columns.quotient(place);
-                  S before[kGroup] = {};
-                  if (kept)
-                    gather_gradients<T>(args, walk, part, gradients, sample, static_cast<int>(h),
-                                        static_cast<int>(walk.pool.input_columns.remainder(place, h)), kept, before);
-                  Group<T> result;
+  const auto write_one = [&](std::uint32_t i, std::uint32_t sample, std::uint32_t place, unsigned kept) {
+    Group<T> x = zeros<T>();
+    if (args.training)
+      x = load(static_cast<const T*>(args.whole_input.data) + i * args.whole_input.outer + part.channel, part.valid,
+               walk.aligned_input);
+    const std::uint32_t h = walk.pool.input_columns.quotient(place);
+    const auto w = static_cast<int>(walk.pool.input_columns.remainder(place, h));
+    S before[kGroup] = {};
+    if (kept) gather_gradients<T>(args, walk, part, gradients, sample, static_cast<int>(h), w, kept, before);
+    Group<T> result;
 #pragma unroll
-                  for (int e = 0; e < kGroup; ++e)
-                    result.set(e, input_gradient_at<S>(args, gradients, e, before[e], x[e]));
-                  store(static_cast<T*>(args.grad_input.data) + i * walk.channels + part.channel, result, part.valid,
-                        walk.aligned_grad_input);
-                });
+    for (int e = 0; e < kGroup; ++e) result.set(e, input_gradient_at<S>(args, gradients, e, before[e], x[e]));
+    store(static_cast<T*>(args.grad_input.data) + i * walk.channels + part.channel, result, part.valid,
+          walk.aligned_grad_input);
+  };
+  each_position(args.keep, walk, part, walk.pool.inputs, write_one);
 }
 
 }  // namespace fastlayers::cuda

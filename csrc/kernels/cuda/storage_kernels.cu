@@ -95,13 +95,6 @@ Error backward_rows(const BackwardArgs& args, const Plan& plan, Pair* partial, S
   return launch(rows_backward_apply<T, kRows, kWhich>, apply_launch(shape), stream, args, walk, numbers);
 }
 
-// Calls f with Activations as a constant: those that `kind` needs.
-template <class F>
-Error with_activations(Activation kind, F&& f) {
-  if (activations_for(kind) == Activations::all) return f(std::integral_constant<Activations, Activations::all>{});
-  return f(std::integral_constant<Activations, Activations::rectifiers>{});
-}
-
 }  // namespace
 
 template <>

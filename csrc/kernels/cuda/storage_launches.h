@@ -1,6 +1,8 @@
 // What launching the kernels of one storage type, FASTLAYERS_STORAGE, takes: how they walk over the tensors of a call.
 #pragma once
 
+#include <type_traits>
+
 #include "planes.h"
 #include "rows.h"
 #include "storage_kernels.h"
@@ -112,6 +114,13 @@ RowsWalk rows_walk(const Args& args, const Shape& shape, const Plan& plan) {
   shape.block = dim3(kRowThreads);
   shape.shared_bytes = rows_shared_bytes(kRowThreads);
   return shape;
+}
+
+// Calls f with Activations as a constant: those that `kind` needs.
+template <class F>
+Error with_activations(Activation kind, F&& f) {
+  if (activations_for(kind) == Activations::all) return f(std::integral_constant<Activations, Activations::all>{});
+  return f(std::integral_constant<Activations, Activations::rectifiers>{});
 }
 
 // Where the rows kernels keep what they work out for each channel: behind the partial sums.

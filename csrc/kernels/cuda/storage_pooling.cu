@@ -38,6 +38,7 @@ template <class Args>
 PlanesPoolWalk planes_pool_walk(const Args& args, const PooledPlan& plan) {
   PlanesPoolWalk walk;
   walk.pool = pool_walk(args.pool);
+  walk.strips = divisor((args.pool.height.output + kStripRows - 1) / kStripRows * args.pool.width.output);
   walk.summed_splits = plan.sums.splits;
   walk.batch = static_cast<std::uint32_t>(args.shape.batch);
   walk.planes_per_block = (walk.batch + static_cast<std::uint32_t>(plan.last.splits) - 1) / plan.last.splits;
@@ -70,18 +71,20 @@ bool is_row_aligned(const Strided<Pointer>& t) {
   return is_row_aligned(t.data, t.outer);
 }
 
+template <Activations kWhich>
 Error forward_planes(const PooledForwardArgs& args, const PooledPlan& plan, Pair* partial, Stream stream) {
-  constexpr int kTile = groups_in_hand(sizeof(T), Activations::rectifiers, false, false);
+  constexpr int kTile = groups_in_hand(sizeof(T), kWhich, false, false);
   const PlanesWalk walk = planes_walk(args.shape, plan.last, kTile, aligned(args, args.shape));
   const LaunchShape shape = planes_launch(args.shape.channels, plan.last);
   const PlanesPoolWalk pooling = planes_pool_walk(args, plan);
   if (plan.last.path == Path::planes_on_chip)
-    return launch(planes_pool_forward_on_chip<T, kTile>, shape, stream, args, walk, pooling);
+    return launch(planes_pool_forward_on_chip<T, kTile, kWhich>, shape, stream, args, walk, pooling);
   if (plan.last.path == Path::planes_split)
     if (const Error error = StorageKernels<T>::forward_sums(args, plan.sums, partial, stream)) return error;
-  return launch(planes_pool_forward<T>, shape, stream, args, walk, pooling, partial);
+  return launch(planes_pool_forward<T, kWhich>, shape, stream, args, walk, pooling, partial);
 }
 
+template <Activations kWhich>
 Error forward_rows(const PooledForwardArgs& args, const PooledPlan& plan, Pair* partial, Stream stream) {
   const std::int64_t channels = args.shape.channels;
   RowsPoolWalk walk = rows_pool_walk(args, plan.last, args.pool.outputs());
@@ -93,7 +96,7 @@ Error forward_rows(const PooledForwardArgs& args, const PooledPlan& plan, Pair* 
     if (const Error error = StorageKernels<T>::forward_sums(args, plan.sums, partial, stream)) return error;
     numbers = numbers_behind<ChannelAffine<S>>(partial, rows_walk(args, args.shape, plan.sums));
   }
-  return launch(rows_pool_forward<T>, rows_launch(plan.last), stream, args, walk, numbers);
+  return launch(rows_pool_forward<T, kWhich>, rows_launch(plan.last), stream, args, walk, numbers);
 }
 
 Error backward_planes(const PooledBackwardArgs& args, const PooledPlan& plan, Pair* partial, Stream stream) {
@@ -133,7 +136,10 @@ template <>
 Error StorageKernels<T>::pooled_forward(const PooledForwardArgs& args, const PooledPlan& plan, void* workspace,
                                         Stream stream) {
   auto* partial = static_cast<Pair*>(workspace);
-  return args.shape.rows ? forward_rows(args, plan, partial, stream) : forward_planes(args, plan, partial, stream);
+  return with_activations(args.activation.kind, [&](auto which) {
+    return args.shape.rows ? forward_rows<which>(args, plan, partial, stream)
+                           : forward_planes<which>(args, plan, partial, stream);
+  });
 }
 
 template <>
