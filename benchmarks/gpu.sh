@@ -103,7 +103,7 @@ print(*(case.name for case in grid('gpu')))"); do
     case $name in 128x128x16x16-*) tuned=(--contender compile-max-autotune) ;; esac
     graphs=(--contender eager-graph --contender compile-graph --contender fastlayers-cuda-graph)
     step "$name" "${python[@]}" -m fastlayers bench --device cuda --gpu --no-steps --phase forward+backward \
-      --contender compile --contender fastlayers-cuda "${graphs[@]}" "${tuned[@]}" \
+      --contender compile --contender fastlayers-cuda --contender fastlayers-then-pool "${graphs[@]}" "${tuned[@]}" \
       --only "^$name\$" --json "$dir/$name.json"
   done
   local records=()

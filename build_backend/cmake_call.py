@@ -8,11 +8,13 @@ import sysconfig
 from pathlib import Path
 
 import nvcc
+from places import ROOT, SCRATCH, alone
 from target_torch import find_torch
 
-ROOT = Path(__file__).resolve().parent.parent
+__all__ = ["BUILD_DIR", "ROOT", "build", "install"]
+
 # One folder for every kind of build: the kernels, which take the time, are then compiled only once.
-BUILD_DIR = ROOT / "build" / "cmake"
+BUILD_DIR = SCRATCH / "cmake"
 # CMake looks at these, and for Python, in a new build folder only.
 _COMPILER_VARIABLES = ("CC", "CFLAGS", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDA_HOME")
 
@@ -24,15 +26,17 @@ def build(target: str, **options: str) -> Path:
     TORCH_CUDA_ARCH_LIST and what CMake itself reads, such as CXX.
     Exits with a message, not a traceback, when CMake fails: CMake has printed why.
     """
-    _configure(options)
-    _run("--build", str(BUILD_DIR), "--target", target, "--parallel", str(_jobs()))
+    with alone():
+        _configure(options)
+        _run("--build", str(BUILD_DIR), "--target", target, "--parallel", str(_jobs()))
     return BUILD_DIR
 
 
 def install(target: str, destination: Path) -> None:
     """Build `target` and copy its files, the install component of that name, to `destination`."""
-    folder = build(target)
-    _run("--install", str(folder), "--component", target, "--prefix", str(destination))
+    with alone():
+        folder = build(target)
+        _run("--install", str(folder), "--component", target, "--prefix", str(destination))
 
 
 def _configure(options: dict[str, str]) -> None:
@@ -40,7 +44,7 @@ def _configure(options: dict[str, str]) -> None:
     settings = _settings()
     nvcc_by_pip = settings.get("FASTLAYERS_NVCC", "")
     environment = repr([sysconfig.get_path("include"), *map(os.environ.get, _COMPILER_VARIABLES)])
-    before, _, nvcc_before = stamp.read_text().partition("\n") if stamp.exists() else ("", "", "")
+    before, _, nvcc_before = stamp.read_text("utf-8").partition("\n") if stamp.exists() else ("", "", "")
     nvcc_is_gone = bool(nvcc_before) and not nvcc_by_pip
     if nvcc_is_gone and settings["FASTLAYERS_CUDA"] == "auto":
         # pip has removed the build's own packages. What else was compiled is as good as ever.
@@ -51,7 +55,7 @@ def _configure(options: dict[str, str]) -> None:
     stamp.unlink(missing_ok=True)
     definitions = [f"-D{name}={value}" for name, value in (settings | options).items()]
     _run("-S", str(ROOT), "-B", str(BUILD_DIR), "-G", "Ninja", *definitions)
-    stamp.write_text(f"{environment}\n{nvcc_by_pip}")
+    stamp.write_text(f"{environment}\n{nvcc_by_pip}", "utf-8")
 
 
 def _settings() -> dict[str, str]:

@@ -22,7 +22,7 @@ def system_nvcc() -> Path | None:
     places = [os.environ.get("CUDACXX"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
     if home := os.environ.get("CUDA_HOME"):
         places.insert(1, f"{home}/bin/nvcc")
-    return next((Path(place) for place in places if place and Path(place).exists()), None)
+    return next((Path(place) for place in places if place and os.path.exists(place)), None)
 
 
 def installed_by_pip(path: Sequence[str] | None = None) -> Path | None:

@@ -1,5 +1,5 @@
-# The CPU kernels: isa_kernels.cpp, compiled once per instruction set and storage type, and isa_random.cpp, once per
-# instruction set.
+# The CPU kernels: isa_kernels.cpp, compiled once per instruction set and storage type, isa_pool.cpp, once per instruction
+# set and type to compute in, and isa_random.cpp, once per instruction set.
 
 if(NOT FASTLAYERS_ISAS)
   set(FASTLAYERS_ISAS baseline)
@@ -29,6 +29,15 @@ set(kernel_flags
   # minutes to compile. clang does not have this flag.
   $<$<CXX_COMPILER_ID:GNU>:-fno-unswitch-loops>)
 
+# Compiles a source file for an instruction set, as part of a target, with these definitions.
+function(fastlayers_add_isa_object target isa name source)
+  set(object ${target}_${isa}_${name})
+  add_library(${object} OBJECT "${PROJECT_SOURCE_DIR}/csrc/kernels/cpu/${source}")
+  target_compile_definitions(${object} PRIVATE FASTLAYERS_ISA=${isa} ${ARGN})
+  target_compile_options(${object} PRIVATE ${kernel_flags} ${isa_flags_${isa}})
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)
+endfunction()
+
 # fastlayers_add_cpu_kernels(<target> <isa>...): a static library of the kernels for these instruction sets, one of which
 # has to be `baseline`, and of what surrounds them, such as the dispatcher that chooses among them at run time.
 function(fastlayers_add_cpu_kernels target)
@@ -41,17 +50,11 @@ function(fastlayers_add_cpu_kernels target)
     string(TOUPPER ${isa} upper)
     target_compile_definitions(${target} PRIVATE FASTLAYERS_HAVE_${upper}=1)
     foreach(storage f32 f64 bf16 f16)
-      set(object ${target}_${isa}_${storage})
-      add_library(${object} OBJECT "${folder}/isa_kernels.cpp")
-      target_compile_definitions(${object} PRIVATE FASTLAYERS_ISA=${isa} FASTLAYERS_STORAGE=${storage})
-      target_compile_options(${object} PRIVATE ${kernel_flags} ${isa_flags_${isa}})
-      target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)
+      fastlayers_add_isa_object(${target} ${isa} ${storage} isa_kernels.cpp FASTLAYERS_STORAGE=${storage})
     endforeach()
-    set(object ${target}_${isa}_random)
-    add_library(${object} OBJECT "${folder}/isa_random.cpp")
-    target_compile_definitions(${object} PRIVATE FASTLAYERS_ISA=${isa})
-    target_compile_options(${object} PRIVATE ${kernel_flags} ${isa_flags_${isa}})
-    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)
+    fastlayers_add_isa_object(${target} ${isa} pool_float isa_pool.cpp FASTLAYERS_COMPUTES_IN_DOUBLE=0)
+    fastlayers_add_isa_object(${target} ${isa} pool_double isa_pool.cpp FASTLAYERS_COMPUTES_IN_DOUBLE=1)
+    fastlayers_add_isa_object(${target} ${isa} random isa_random.cpp)
   endforeach()
 endfunction()
 

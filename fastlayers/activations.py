@@ -66,7 +66,7 @@ def _activation(
 
 
 def _hardsigmoid(z: Tensor) -> Tensor:
-    if torch.compiler.is_exporting():
+    if torch.compiler._is_exporting_flag:  # not is_exporting(), as in `backends.observer`
         return F.hardsigmoid(z)  # one node
     # Its gradient is 1 / 6 in float32, for float64 too.
     return F.relu6(z + 3) / 6

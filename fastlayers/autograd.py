@@ -6,6 +6,7 @@ through a second Function, whose own backward is written in plain PyTorch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -93,16 +94,21 @@ class _BatchNormAct(torch.autograd.Function):
 
 
 def _forward(tensors: Any, call: _Call, save_flat_bits: bool) -> _FourTensors:
-    if call.training and not torch.compiler.is_compiling():
-        # The operator writes to these behind autograd's back; whoever saved one for backward shall hear of it.
-        written = [t for t in tensors[5:] if t is not None and not t.is_inference()]
-        if written:
-            torch.autograd.graph.increment_version(written)
+    if call.training:
+        mark_written(tensors[5:])
     result: _FourTensors = backends.op_set(call.backend).batch_norm_act_fwd(
         *tensors, call.training, call.momentum, call.eps,
         call.activation.code, call.activation.params, masks.scale(call.drop_p), save_flat_bits,
     )  # fmt: skip
     return result
+
+
+def mark_written(tensors: Sequence[Tensor | None]) -> None:
+    """Tells autograd of what an operator writes to behind its back: whoever saved one for backward shall hear of it."""
+    if not torch.compiler.is_compiling():
+        written = [t for t in tensors if t is not None and not t.is_inference()]
+        if written:
+            torch.autograd.graph.increment_version(written)
 
 
 def _backward(grad_output: Tensor, *args: Any) -> _FourTensors:
@@ -125,22 +131,44 @@ class _BatchNormActBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor) -> _Grads:
-        with torch.enable_grad():
-            # Views: graphs of what follows end at these, and through them reach the originals.
-            views: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            grad_output, *saved = views
-            grads = _differentiable_gradients(grad_output, _Saved(*saved), ctx.call)
-        pairs = [
-            (grad, grad_grad)
-            for grad, grad_grad, wanted in zip(grads, grad_grads, ctx.wanted, strict=True)
-            if wanted and grad is not None and grad.requires_grad
-        ]
-        inputs = (grad_output, *saved[:4])
-        found = _gradients([g for g, _ in pairs], inputs, [gg for _, gg in pairs], torch.is_grad_enabled())
+        def gradients(grad_output: Tensor, *saved: Any) -> _Grads:
+            return _differentiable_gradients(grad_output, _Saved(*saved), ctx.call)
+
+        found = differentiate_again(ctx.saved_tensors, gradients, ctx.wanted, grad_grads)
         return (*found, *(None,) * 6)
 
 
-def _gradients(
+def differentiate_again(
+    saved: tuple[Tensor | None, ...],
+    differentiable: Callable[..., _Grads],
+    wanted: tuple[bool, ...],
+    grad_grads: tuple[Tensor, ...],
+) -> _Grads:
+    """Backward of a backward.
+
+    Args:
+        saved: its arguments that are tensors: the gradient that came in, what has gradients, and the rest.
+        differentiable: what it computes of `saved`, as plain PyTorch.
+        wanted: which of its results were.
+        grad_grads: the gradients of its results.
+
+    Returns:
+        The gradients of the first ``1 + len(wanted)`` of `saved`.
+    """
+    with torch.enable_grad():
+        # Views: graphs of what follows end at these, and through them reach the originals.
+        views = [None if t is None else t.view_as(t) for t in saved]
+        grads = differentiable(*views)
+    pairs = [
+        (grad, grad_grad)
+        for grad, grad_grad, want in zip(grads, grad_grads, wanted, strict=True)
+        if want and grad is not None and grad.requires_grad
+    ]
+    inputs = tuple(views[: 1 + len(wanted)])
+    return gradients([g for g, _ in pairs], inputs, [gg for _, gg in pairs], torch.is_grad_enabled())
+
+
+def gradients(
     outputs: list[Tensor], inputs: tuple[Tensor | None, ...], grad_outputs: list[Tensor], create_graph: bool
 ) -> _Grads:
     """`torch.autograd.grad`, with None for the inputs that need no gradient or have none."""
@@ -168,11 +196,19 @@ def _differentiable_gradients(grad_output: Tensor, saved: _Saved, call: _Call) -
     if saved.flat_bits is not None and activation.derivatives is not None:
         flat, elsewhere = activation.derivatives
         grad = torch.where(ops.unpack_mask(saved.flat_bits, input, False), grad * flat, grad * elsewhere)
-    elif activation.code != IDENTITY.code:
+    else:
         before = z if saved.residual is None else z + saved.residual.to(z.dtype)
-        before = before if before.requires_grad else before.requires_grad_()
-        (grad,) = torch.autograd.grad(activation.apply(before), before, grad, create_graph=True)
-    return (*_gradients([z], (input, saved.weight, saved.bias), [grad], True), grad.to(input.dtype))
+        grad = through_activation(grad, before, activation)
+    return (*gradients([z], (input, saved.weight, saved.bias), [grad], True), grad.to(input.dtype))
+
+
+def through_activation(grad: Tensor, z: Tensor, activation: Activation) -> Tensor:
+    """The gradient with respect to `z` for `grad`, that of ``activation(z)``, as a graph."""
+    if activation.code == IDENTITY.code:
+        return grad
+    z = z if z.requires_grad else z.requires_grad_()
+    (before,) = torch.autograd.grad(activation.apply(z), z, grad, create_graph=True)
+    return before
 
 
 def dropout(input: Tensor, mask: Tensor, p: float, backend: str) -> Tensor:

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fastlayers import masks, ops
 
 NAMES = ("auto", "cpp", "cuda", "triton", "reference")
-OPS = ("batch_norm_act", "dropout")
+OPS = ("batch_norm_act", "batch_norm_act_pool", "dropout")
 
 #: Up to this many elements, torch's own layers one after the other take less time than an autograd.Function written in
 #: Python around one kernel, forward and backward (docs/performance.md). Where channels are adjacent torch is faster.
@@ -26,6 +26,11 @@ SMALL_PLANES, SMALL_ROWS = 48 * 1024, 144 * 1024
 TINY = 2 * 1024
 
 EXPORT = "torch.export"
+
+_COMPOSED = (
+    "a residual, dropped elements, RReLU in training, 3 dimensions, windows of more than 256 elements, statistics of "
+    "several processes"
+)
 
 # The kernels that "auto" tries on a device, the fastest first; after them comes the reference.
 _KERNELS = {"cpu": ("cpp",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
@@ -50,6 +55,8 @@ class OpSet(Protocol):
 
     batch_norm_act_fwd: Any
     batch_norm_act_bwd: Any
+    batch_norm_act_pool_fwd: Any
+    batch_norm_act_pool_bwd: Any
     dropout: Any
     unpack_mask: Any
     element_mask: Any
@@ -143,7 +150,8 @@ def observer() -> str | None:
     `torch.compile` is none: it takes our operators as they are, and their gradients from `autograd`.
     """
     compiling = torch.compiler.is_compiling()
-    if compiling and torch.compiler.is_exporting():
+    # Not is_exporting(): torch.compile of torch 2.11 takes it for true wherever it compiles.
+    if compiling and torch.compiler._is_exporting_flag:
         return EXPORT
     if _are_functorch_transforms_active():
         return "the transforms of torch.func"
@@ -177,9 +185,11 @@ def prefers_torch(input: Tensor, drop_p: float = 0.0) -> bool:
     if input.dim() > 3 and _is_a_line(input):
         return False
     if input.is_contiguous():
-        return size <= SMALL_PLANES or input.dim() == 2
-    # Other layouts torch would not keep.
-    return input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        small = size <= SMALL_PLANES or input.dim() == 2
+    else:  # other layouts torch would not keep
+        small = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+    # Where channels are adjacent, torch adds up in an order that depends on the number of threads.
+    return small and not torch.are_deterministic_algorithms_enabled()
 
 
 def _is_a_line(input: Tensor) -> bool:
@@ -193,7 +203,14 @@ def _is_a_line(input: Tensor) -> bool:
 
 def explain() -> list[Choice]:
     """What the current setting chooses for each operation on each device type of this machine."""
-    return [Choice(op, device, *_choice(device)) for op in OPS for device in _devices()]
+    return [_row(op, device) for op in OPS for device in _devices()]
+
+
+def _row(op: str, device: str) -> Choice:
+    backend, why = _choice(device)
+    if op == "batch_norm_act_pool" and backend in ("cpp", "cuda", "triton"):
+        why = f"{why}; torch pools behind {_COMPOSED}"
+    return Choice(op, device, backend, why)
 
 
 def _devices() -> list[str]:
@@ -219,7 +236,7 @@ def _choice(device: str) -> tuple[str, str]:
     if chosen == "cpp":
         small = (
             f"call torch's own up to {SMALL_PLANES} elements, {SMALL_ROWS} with channels last, "
-            f"{TINY} with dropout or compiled"
+            f"{TINY} with dropout or compiled, unless torch.use_deterministic_algorithms is on"
         )
         reasons.append(f"layers {small}")
     return chosen, "; ".join([f"{'Triton' if chosen == 'triton' else 'compiled'} kernels", *reasons])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastlayers import masks
 from fastlayers.dtypes import SUPPORTED
+from fastlayers.pooling import Pool
 
 Vectors = tuple[tuple[str, Tensor | None], ...]
 
@@ -204,3 +207,37 @@ def residual(residual: Tensor | None, input: Tensor) -> None:
             f"expected scalar type {_torch_name(input.dtype)} but found {_torch_name(residual.dtype)} "
             f"(residual: dtype {residual.dtype}; should have the dtype of input, {input.dtype}; it is not promoted)"
         )
+
+
+def pool(pool: Pool, input: Tensor) -> None:
+    """Raises what torch raises for an `input` that is too small for `pool`, and where a window would have no element.
+
+    Of such a window, which only a dilation beyond the input makes, torch returns what memory happens to hold.
+    """
+    channels, *spatial = input.shape[1:]
+    sizes = pool.output_size(spatial)
+    if channels and min(sizes) >= 1 and min(spatial) >= pool.most_dilation:
+        return
+    if channels == 0 or 0 in spatial:
+        raise RuntimeError(
+            f"Expected {pool.dims + 1}D or {pool.dims + 2}D (batch mode) tensor with optional 0 dim batch size for "
+            f"input, but got:{list(input.shape)} (pool: {pool}; allowed: sizes of at least 1 except the first)"
+        )
+    if min(sizes) < 1:
+        given, calculated = ("x".join(map(str, (channels, *s))) for s in (spatial, sizes))
+        raise RuntimeError(
+            f"Given input size: ({given}). Calculated output size: ({calculated}). Output size is too small "
+            f"(pool: {pool}; allowed: windows of which at least one fits into the padded input)"
+        )
+    _no_empty_window(pool, spatial, sizes)
+
+
+def _no_empty_window(pool: Pool, spatial: Sequence[int], sizes: Sequence[int]) -> None:
+    per_dim = zip(spatial, sizes, pool.kernel_size, pool.stride, pool.padding, pool.dilation, strict=True)
+    for size, count, kernel, stride, padding, dilation in per_dim:
+        for start in range(-padding, count * stride - padding, stride):
+            if not any(0 <= start + k * dilation < size for k in range(kernel)):
+                raise ValueError(
+                    f"pool: {pool} has windows without a single element of an input of spatial size "
+                    f"{tuple(spatial)}; allowed: a dilation of at most that, or less padding"
+                )

@@ -9,10 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlayers import activations, autograd, backends, checks, collectives, masks, reference, synchronised, unfused
+from fastlayers import (
+    activations,
+    autograd,
+    backends,
+    checks,
+    collectives,
+    masks,
+    pooled,
+    pooling,
+    reference,
+    synchronised,
+    unfused,
+)
 from fastlayers.activations import ActLayer
 from fastlayers.collectives import Status
 from fastlayers.dtypes import SUPPORTED
+from fastlayers.pooling import Pool, PoolLayer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,8 +48,9 @@ def batch_norm_act(
     drop_mode: str = "channel",
     num_batches_tracked: Tensor | None = None,
     stochastic: bool | None = None,
+    pool: PoolLayer = None,
 ) -> Tensor:
-    """``dropout(act(batch_norm(input) + residual))`` in one pass forward and one backward.
+    """``max_pool(dropout(act(batch_norm(input) + residual)))`` in one pass forward and one backward.
 
     Batch normalisation is that of Ioffe and Szegedy 2015 (https://arxiv.org/abs/1502.03167, Algorithm 1); dropout with
     ``drop_mode="channel"`` that of Tompson et al. 2015 (https://arxiv.org/abs/1411.4280, section 3.2).
@@ -57,18 +71,24 @@ def batch_norm_act(
             was NaN.
         num_batches_tracked: an int64 scalar, incremented when `training`; or None.
         stochastic: drop, and have RReLU draw its slopes; None is as `training`.
+        pool: max-pooling of what comes out: `nn.MaxPool1d` for (N, C, L), `nn.MaxPool2d` for (N, C, H, W),
+            `nn.MaxPool3d`, or else see `fastlayers.pooling.resolve`. Dropping channels before or after it is the same
+            function of the same mask. Pooling is a pass of its own, by torch, behind: a `residual`, ``drop_mode=
+            "element"`` where it drops, RReLU where it draws, three dimensions, windows of more than 256 elements.
 
     Returns:
-        A tensor of the shape, dtype and memory layout of `input`.
+        A tensor of the shape, dtype and memory layout of `input`; with `pool`, of the sizes that it leaves.
 
     Raises:
-        ValueError, RuntimeError, TypeError, NotImplementedError, IndexError: as `F.batch_norm` and `F.dropout2d` for
-            the same mistakes; ValueError for an unknown activation or mode.
+        ValueError, RuntimeError, TypeError, NotImplementedError, IndexError: as `F.batch_norm`, `F.dropout2d` and
+            `F.max_pool2d` for the same mistakes; ValueError for an unknown activation or mode, and for windows of
+            `pool` without any element, which a dilation beyond the input makes.
     """
     activation = activations.resolve(act, act_kwargs)
     stochastic = training if stochastic is None else stochastic
     vectors = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
     checks.tensors(input, (*vectors, ("residual", residual), ("num_batches_tracked", num_batches_tracked)))
+    behind = None if pool is None else pooling.resolve(pool, input.dim() - 2)
     checks.running_statistics(running_mean, running_var, num_batches_tracked, training, momentum)
     checks.channel_sizes(input, vectors)
     checks.batch_norm_input(input, training, eps)
@@ -76,31 +96,52 @@ def batch_norm_act(
     checks.residual(residual, input)
     checks.dropout_probability(drop_p, "drop_p")
     checks.drop_mode(drop_mode)
+    if behind is not None:
+        checks.pool(behind, input)
     if activation.random is not None:
         if stochastic:
             z = batch_norm_act(
                 input, running_mean, running_var, weight, bias, training, momentum, eps,
                 residual=residual, num_batches_tracked=num_batches_tracked,
             )  # fmt: skip
-            return _drop(activation.random(z), drop_p, drop_mode, True)
+            y = _drop(activation.random(z), drop_p, drop_mode, True)
+            return y if behind is None else behind.apply(y)
         activation = activation.in_evaluation()
+    if behind is not None and not _fuses(behind, residual, drop_p if stochastic else 0.0, drop_mode):
+        y = batch_norm_act(
+            input, running_mean, running_var, weight, bias, training, momentum, eps,
+            residual=residual, act=activation, drop_p=drop_p, drop_mode=drop_mode,
+            num_batches_tracked=num_batches_tracked, stochastic=stochastic,
+        )  # fmt: skip
+        return behind.apply(y)
     backend = backends.serving(input)
     if backend == "torch" and (momentum is not None or not training):
         return unfused.batch_norm_act(
             input, running_mean, running_var, weight, bias, residual, num_batches_tracked,
             training=training, momentum=0.0 if momentum is None else momentum, eps=eps, activation=activation,
-            drop_p=drop_p if stochastic else 0.0, drop_mode=drop_mode,
+            drop_p=drop_p if stochastic else 0.0, drop_mode=drop_mode, pool=behind,
         )  # fmt: skip
     mask = _draw(backend)(input, drop_p, drop_mode, stochastic)
     if backend in ("reference", "torch"):
         return reference.batch_norm_act_masked(
             input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
-            training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p,
+            training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p, pool=behind,
+        )  # fmt: skip
+    if behind is not None:
+        return pooled.batch_norm_act_pool(
+            input, weight, bias, mask, running_mean, running_var, num_batches_tracked,
+            training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p, pool=behind,
+            backend=backend,
         )  # fmt: skip
     return autograd.batch_norm_act(
         input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
         training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p, backend=backend,
     )  # fmt: skip
+
+
+def _fuses(pool: Pool, residual: Tensor | None, drop_p: float, drop_mode: str) -> bool:
+    """Whether the operators pool too; else torch does, behind them."""
+    return pool.is_fusible and residual is None and (drop_mode == "channel" or drop_p == 0)
 
 
 def _draw(backend: str) -> Callable[[Tensor, float, str, bool], Tensor | None]:
@@ -127,12 +168,13 @@ def sync_batch_norm_act(
     drop_p: float = 0.0,
     drop_mode: str = "channel",
     num_batches_tracked: Tensor | None = None,
+    pool: PoolLayer = None,
 ) -> Tensor:
     """`batch_norm_act` in training, with the statistics of the batches of all ranks together.
 
     One gather forward and, if a rank needs the gradient of its input, one sum backward. Gradients of `weight` and
-    `bias` are of this rank's values only, as in `torch.nn.SyncBatchNorm`. Not differentiable twice. Other arguments and
-    errors are those of `batch_norm_act`.
+    `bias` are of this rank's values only, as in `torch.nn.SyncBatchNorm`. Not differentiable twice. `pool` is a pass of
+    its own behind, by torch. Other arguments and errors are those of `batch_norm_act`.
 
     Args:
         input: (N, C, ...); N and sizes may differ between ranks, and be 0 on some.
@@ -148,6 +190,7 @@ def sync_batch_norm_act(
         activation = activations.resolve(act, act_kwargs)
         vectors = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
         checks.tensors(input, (*vectors, ("residual", residual), ("num_batches_tracked", num_batches_tracked)))
+        behind = None if pool is None else pooling.resolve(pool, input.dim() - 2)
         checks.running_statistics(running_mean, running_var, num_batches_tracked, True, momentum)
         checks.sync_batch_norm_shape(input)
         checks.channel_sizes(input, vectors)
@@ -158,6 +201,8 @@ def sync_batch_norm_act(
         checks.residual(residual, input)
         checks.dropout_probability(drop_p, "drop_p")
         checks.drop_mode(drop_mode)
+        if behind is not None:
+            checks.pool(behind, input)
         backend = backends.serving(input, leaves_tiny=False)
         if backend == "torch":  # its operators find no statistics apart
             backend = "reference"
@@ -182,7 +227,9 @@ def sync_batch_norm_act(
             )  # fmt: skip
     call = synchronised.Call(eps, fused, fused_p, backend, process_group.group_name, others)
     output = synchronised.normalize_act(input, weight, bias, residual, mask, moments, call)
-    return output if activation.random is None else _drop(activation.random(output), drop_p, drop_mode, True)
+    if activation.random is not None:
+        output = _drop(activation.random(output), drop_p, drop_mode, True)
+    return output if behind is None else behind.apply(output)
 
 
 def _device_of(*values: object) -> torch.device:

@@ -17,6 +17,8 @@ _library.load()
 _ops = torch.ops.fastlayers
 batch_norm_act_fwd = _ops.batch_norm_act_fwd.default
 batch_norm_act_bwd = _ops.batch_norm_act_bwd.default
+batch_norm_act_pool_fwd = _ops.batch_norm_act_pool_fwd.default
+batch_norm_act_pool_bwd = _ops.batch_norm_act_pool_bwd.default
 dropout = _ops.dropout.default
 pack_mask = _ops.pack_mask.default
 unpack_mask = _ops.unpack_mask.default

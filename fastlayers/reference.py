@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlayers import activations, masks
+from fastlayers import activations, masks, pooling
 from fastlayers.activations import ActLayer
 from fastlayers.dtypes import statistics_dtype
+from fastlayers.pooling import Pool, PoolLayer
 
 
 def per_channel(values: Tensor, input: Tensor) -> Tensor:
@@ -101,10 +102,12 @@ def batch_norm_act(
     drop_mode: str = "channel",
     num_batches_tracked: Tensor | None = None,
     stochastic: bool | None = None,
+    pool: PoolLayer = None,
 ) -> Tensor:
     """See `fastlayers.functional.batch_norm_act`."""
     stochastic = training if stochastic is None else stochastic
     activation = activations.resolve(act, act_kwargs)
+    resolved = pooling.resolve(pool, input.dim() - 2)
     mask = masks.draw(input, drop_p, drop_mode, stochastic)
     if not stochastic:
         activation = activation.in_evaluation()
@@ -112,7 +115,7 @@ def batch_norm_act(
         activation = replace(activation, apply=activation.random)
     return batch_norm_act_masked(
         input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
-        training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p,
+        training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p, pool=resolved,
     )  # fmt: skip
 
 
@@ -131,6 +134,7 @@ def batch_norm_act_masked(
     eps: float,
     activation: activations.Activation,
     drop_p: float,
+    pool: Pool | None = None,
 ) -> Tensor:
     """`batch_norm_act` with the dropout mask given: bool, (N, C) or of the shape of `input`."""
     if training:
@@ -147,7 +151,8 @@ def batch_norm_act_masked(
     if residual is not None:
         z = z + residual.to(z.dtype)
     y = activation.random(z) if training and activation.random else activation.apply(z)
-    return apply_mask(y, mask, drop_p).to(input.dtype)
+    dropped = apply_mask(y, mask, drop_p)
+    return (dropped if pool is None else pool.apply(dropped)).to(input.dtype)
 
 
 def apply_mask(input: Tensor, mask: Tensor | None, p: float) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlayers import backends, masks, reference
+from fastlayers import backends, checks, masks, reference
 from fastlayers.activations import RELU, Activation
+from fastlayers.pooling import Pool
 
 # Given a number, torch makes such a tensor at each call. One without dimensions has no part in the dtype of the result.
 _ZERO = torch.zeros((), dtype=torch.float32, device="cpu")
@@ -30,6 +31,7 @@ def batch_norm_act(
     activation: Activation,
     drop_p: float,
     drop_mode: str,
+    pool: Pool | None = None,
 ) -> Tensor:
     """`functional.batch_norm_act`, its arguments checked, as the operators that torch's layers call.
 
@@ -43,7 +45,9 @@ def batch_norm_act(
         running_mean, running_var = _contiguous(running_mean), _contiguous(running_var)
     z = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     z = activation.apply(z if residual is None else z + residual)
-    return dropout(z, drop_p, drop_mode) if drop_p else z
+    if drop_p:
+        z = dropout(z, drop_p, drop_mode)
+    return z if pool is None else pool.apply(z)
 
 
 def _contiguous(values: Tensor | None) -> Tensor | None:
@@ -75,6 +79,7 @@ def tiny_batch_norm_act(
     activation: Activation,
     drop_p: float,
     drop_mode: str,
+    pool: Pool | None = None,
 ) -> Tensor | None:
     """The same in the fewest steps in Python, unchecked, and with zeros for all that is dropped.
 
@@ -92,6 +97,10 @@ def tiny_batch_norm_act(
         residual.shape == input.shape and residual.dtype == input.dtype and residual.device == input.device
     ):
         return None
+    if pool is not None:
+        if pool.dims != input.dim() - 2:
+            return None
+        checks.pool(pool, input)
     try:
         z = torch.batch_norm(
             input, weight, bias, running_mean, running_var, batch_statistics, momentum, eps,
@@ -103,8 +112,11 @@ def tiny_batch_norm_act(
         num_batches_tracked.add_(1)
     if residual is not None:
         z = z + residual
-    if not drop_p:
-        return activation.apply(z)
+    y = activation.apply(z) if not drop_p else _tiny_dropout(z, activation, drop_p, drop_mode)
+    return y if pool is None else pool.apply(y)
+
+
+def _tiny_dropout(z: Tensor, activation: Activation, drop_p: float, drop_mode: str) -> Tensor:
     mask = masks.draw_tiny(z, drop_p, drop_mode)
     if activation.code == RELU.code:
         # One node of autograd for both: kept is what is in the mask and not z <= 0, so that NaN is.

@@ -41,7 +41,32 @@ ACTIVATIONS: dict[str, nn.Module] = {
 # Where the derivative of some activation jumps.
 _KINKS = (-3.0, 0.0, 3.0, 5.0, 6.0)
 
+#: As arguments of `nn.MaxPool1d`, 2d and 3d; of several numbers 1d takes the last, 3d the first for depth too.
+POOLS: dict[str, dict[str, Any]] = {
+    "2/2": {"kernel_size": 2},
+    "5/3/2": {"kernel_size": 5, "stride": 3, "padding": 2},
+    "3/1/1": {"kernel_size": 3, "stride": 1, "padding": 1},
+    "3/2 ceil": {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+    "2/3 with gaps": {"kernel_size": 2, "stride": 3},
+    "1/1": {"kernel_size": 1},
+    "3/2/1 dilated ceil": {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 2, "ceil_mode": True},
+    "2/1/1 dilated": {"kernel_size": 2, "stride": 1, "padding": 1, "dilation": 4},
+    "oblong": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (2, 3)},
+    "16/16": {"kernel_size": 16},  # as many positions as fit in a byte
+    "all": {"kernel_size": (9, 7)},
+}
+
 SEED = 1234
+
+
+def pool_layer(name: str, dims: int) -> Any:
+    """One of `POOLS` as torch's module for `dims` spatial dimensions."""
+
+    def numbers(value: Any) -> Any:
+        return ((value[0],) * (dims - 2) + value)[-dims:] if isinstance(value, tuple) else value
+
+    module = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}[dims]
+    return module(**{key: numbers(value) for key, value in POOLS[name].items()})
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,7 @@ class Case:
 
     Attributes:
         residual: its layout; None for no residual.
+        pool: a name of `POOLS`; None for no pool.
         affine: "both", "none", "no bias", or "frozen weight" (which has no gradient).
         track: whether there are running statistics.
         mean, std: of the values of `input`, in each channel.
@@ -69,8 +95,14 @@ class Case:
     eps: float = 1e-5
     drop_p: float = 0.0
     drop_mode: str = "channel"
+    pool: str | None = None
     mean: float = 1.0
     std: float = 2.0
+
+    @property
+    def pool_layer(self) -> Any:
+        """Torch's module for `pool`, or None."""
+        return None if self.pool is None else pool_layer(self.pool, len(self.shape) - 2)
 
     def __str__(self) -> str:
         """The attributes that are not the default."""
@@ -108,7 +140,12 @@ def _text(name: str, value: object) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """The tensors of a case. `mask` is what the operator draws after ``torch.manual_seed(SEED)``."""
+    """The tensors of a case.
+
+    Attributes:
+        mask: what the operator draws after ``torch.manual_seed(SEED)``.
+        taken: of each window of the pool, the index of the element that is taken; exactly, and by torch's rule.
+    """
 
     case: Case
     input: Tensor
@@ -120,6 +157,7 @@ class Sample:
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
     mask: Tensor | None
+    taken: Tensor | None = None
 
     def fresh(self, dtype: torch.dtype | None = None) -> Sample:
         """Leaves with the same values for one run, full-size and per-channel ones in `dtype` if it is given."""
@@ -180,8 +218,9 @@ def make_sample(case: Case, device: torch.device) -> Sample:
         num_batches_tracked=torch.tensor(3, device=device) if case.track else None,
         mask=_drawn_mask(input, case),
     )
-    grad_output = normal(*case.shape).masked_fill(_at_kinks(sample).cpu(), 0)
-    return dataclasses.replace(sample, grad_output=full_size(grad_output, case.grad_layout))
+    unclear, taken = _unclear(sample)
+    grad_output = normal(*unclear.shape).masked_fill(unclear.cpu(), 0)
+    return dataclasses.replace(sample, grad_output=full_size(grad_output, case.grad_layout), taken=taken)
 
 
 def _drawn_mask(input: Tensor, case: Case) -> Tensor | None:
@@ -194,14 +233,27 @@ def _drawn_mask(input: Tensor, case: Case) -> Tensor | None:
     return fl.reference.element_mask(mask, input, masks.scale(case.drop_p))
 
 
-def _at_kinks(sample: Sample) -> Tensor:
-    """Where rounding decides on which side of a kink an element falls.
+def _unclear(sample: Sample) -> tuple[Tensor, Tensor | None]:
+    """Where in the output rounding decides on which side of a kink an element falls; and `Sample.taken`.
 
     There a gradient is off by a whole step, here or there, whoever computes it. What happens exactly at a kink is for
-    test_activations.py.
+    test_activations.py. Of elements on a plateau pools may take the first or that with the largest input: what either
+    gives counts here.
     """
-    z = reference_of(dataclasses.replace(sample.fresh(torch.float64), mask=None), activations.IDENTITY).detach()
-    return torch.stack([(z - kink).abs() < 0.02 for kink in _KINKS]).any(0)
+    pool = sample.case.pool_layer
+    bare = dataclasses.replace(sample.fresh(torch.float64), mask=None, case=dataclasses.replace(sample.case, pool=None))
+    z = reference_of(bare, activations.IDENTITY).detach()
+    at_kinks = torch.stack([(z - kink).abs() < 0.02 for kink in _KINKS]).any(0)
+    if pool is None:
+        return at_kinks, None
+    pool.return_indices = True
+    taken, largest = pool(ACTIVATIONS[sample.case.act](z))[1], pool(z)[1]
+    return take(at_kinks, taken) | take(at_kinks, largest), taken
+
+
+def take(values: Tensor, indices: Tensor) -> Tensor:
+    """The elements of `values` (N, C, ...) at `indices`, as torch's pools return them."""
+    return values.flatten(2).gather(2, indices.flatten(2)).view_as(indices)
 
 
 def reference_of(sample: Sample, activation: activations.Activation) -> Tensor:
@@ -221,6 +273,7 @@ def reference_of(sample: Sample, activation: activations.Activation) -> Tensor:
         eps=case.eps,
         activation=activation,
         drop_p=case.drop_p,
+        pool=fl.pooling.resolve(case.pool_layer, sample.input.dim() - 2),
     )
 
 

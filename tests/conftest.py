@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +17,8 @@ import pytest
 import torch
 
 import fastlayers as fl
+from fastlayers import writing
+from tests.emulated import Emulation
 from tests.fuzz import profiles
 
 CAPABILITIES = ("avx512", "avx2", "baseline")
@@ -87,6 +92,36 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def torch_fills_with_nan() -> Iterator[None]:
+    """So that results that nobody wrote show."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def triton_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has the Triton kernels serve the test, in the interpreter with canaries around all that they are given."""
+    from tests import interpreted
+
+    if device.type == "cpu":
+        interpreted.put_canaries(monkeypatch)
+    with interpreted.served(device):
+        yield
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Has the tensors of a test take one of `tests.interpreted.WAYS`."""
+    from tests import interpreted
+
+    interpreted.use(request.param, monkeypatch)
+    yield request.param
+    monkeypatch.undo()
+    interpreted.forget()
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
@@ -105,6 +140,12 @@ def cuda_emulated(pytestconfig: pytest.Config) -> ModuleType:
     if sanitizer is None:
         return _compiled("fastlayers_cuda_emulated", "fastlayers_cuda_emulated", "fastlayers_cuda_emulated")
     return _imported("fastlayers_cuda_emulated", cmake_call.BUILD_DIR / f"fastlayers_cuda_emulated_{sanitizer}")
+
+
+@pytest.fixture
+def emulation(cuda_emulated: ModuleType, pytestconfig: pytest.Config) -> Emulation:
+    """The CUDA kernels on the CPU, to be called on tensors."""
+    return Emulation(cuda_emulated, guarded=pytestconfig.getoption("--sanitizer") != "address")
 
 
 @pytest.fixture(scope="session")
@@ -141,3 +182,22 @@ def _imported(module: str, folder: Path) -> ModuleType:
         return importlib.import_module(module)
     finally:
         sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """After so many more files that are written whole, a disk has no room: half of a file is there, then an error."""
+
+    def fill(files: int) -> None:
+        left = [files]
+
+        def sync(descriptor: int) -> None:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                left[0] -= 1
+                if left[0] < 0:
+                    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(writing.os, "fsync", sync)
+
+    return fill

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlayers import activations, masks
-from tests import philox
+from fastlayers import activations, masks, pooling
+from tests import oracle, philox
 from tests.cases import ACTIVATIONS, Case, Sample, make_sample
 from tests.layouts import LAYOUTS
 from tests.oracle import Results
@@ -172,10 +173,11 @@ class Call:
         view = self.memory.constant(_view(t.detach(), self.rows))
         return self.module.Source(*self._place(view))
 
-    def result(self, dtype: torch.dtype) -> tuple[Tensor, Any]:
-        """A full-size tensor to be written, and the target that says so."""
-        flat = self.memory.empty((self.like.numel(),), dtype)
-        result = from_memory_order(flat, self.like, self.rows)
+    def result(self, dtype: torch.dtype, like: Tensor | None = None) -> tuple[Tensor, Any]:
+        """A tensor to be written, full-size or of the shape of `like`, and the target that says so."""
+        like = self.like if like is None else like
+        flat = self.memory.empty((like.numel(),), dtype)
+        result = from_memory_order(flat, like, self.rows)
         return result, self.module.Target(*self._place(_view(result, self.rows)))
 
     def _place(self, view: Tensor) -> tuple[int, int, int]:
@@ -256,29 +258,56 @@ def run(emulation: Emulation, emulated: EmulatedSample, wanted: Wanted = Wanted(
     """What `tests.oracle.run` finds of the sample, by the emulated kernels; of gradients, those that are wanted."""
     sample, case = emulated.sample, emulated.sample.case
     activation = activations.resolve(ACTIVATIONS[case.act])
-    save_bits = sample.residual is not None and activation.derivatives is not None
     with emulation.in_order():
+        if case.pool is not None:
+            pooled = PooledForward(emulation, emulated, activation)
+            return pooled.results | _PooledBackward(emulation, emulated, activation, pooled, wanted).results
+        save_bits = sample.residual is not None and activation.derivatives is not None
         forward = Forward(emulation, emulated, activation, save_bits)
-        backward = _Backward(emulation, emulated, activation, forward, wanted)
-    return forward.results | backward.results
+        return forward.results | _Backward(emulation, emulated, activation, forward, wanted).results
 
 
-class Forward:
-    """One call of forward: its results, and what it saves for backward."""
+def check(emulation: Emulation, case: Case, mask_dtype: torch.dtype = torch.bool) -> list[Any]:
+    """Compares all results of a case with the oracle; the plans of forward and backward."""
+    given = make_emulated_sample(case, mask_dtype)
+    sample = given.sample
+    results = run(emulation, given)
+    exact = oracle.run(oracle.exact, sample.fresh(torch.float64))
+    oracle.compare(results, sample, exact, oracle.run(oracle.eager, sample.fresh()))
+    return emulation.plans[-2:]
+
+
+def with_options(emulation: Emulation, **options: Any) -> Emulation:
+    """The same kernels on another of GPUS, or in another order."""
+    return dataclasses.replace(emulation, **options, plans=[])
+
+
+def with_gaps(t: Tensor) -> Tensor:
+    """The same values, with NaN between each two in memory."""
+    return torch.stack((t, torch.full_like(t, float("nan"))), 1)[:, 0]
+
+
+def far_apart(t: Tensor) -> Tensor:
+    """The same values, with more than 2^31 elements between samples; memory that nobody touches takes none."""
+    distance = 2**31 + 24
+    elements = (t.shape[0] - 1) * distance + t[0].numel()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    flat = torch.frombuffer(mmap.mmap(-1, elements * t.element_size(), flags=flags), dtype=t.dtype)
+    return flat.as_strided(t.shape, (distance, *t.stride()[1:])).copy_(t)
+
+
+class _AnyForward:
+    """What one call of forward is given, whether it pools or not, and what it saves for backward."""
 
     def __init__(
-        self, emulation: Emulation, emulated: EmulatedSample, activation: activations.Activation, save_bits: bool
+        self, args: Any, emulation: Emulation, emulated: EmulatedSample, activation: activations.Activation
     ) -> None:
         sample, case, module = emulated.sample, emulated.sample.case, emulation.module
-        call = Call(emulation, sample.input)
-        args = module.ForwardArgs()
+        self.args, self.call = args, (call := Call(emulation, sample.input))
         args.shape, args.dtype = shape_of(module, sample.input), dtype_of(module, case.dtype)
         args.activation = module.ActivationCall(activation.code, activation.params)
         args.keep = call.keep(emulated.mask, case.drop_p)
         args.input, args.residual = call.source(sample.input), call.source(sample.residual)
-        output, args.output = call.result(case.dtype)
-        self.flat_bits = call.memory.empty((module.flat_bits_bytes(args.shape),), torch.uint8) if save_bits else None
-        args.flat_bits = 0 if self.flat_bits is None else self.flat_bits.data_ptr()
         args.weight, args.bias = call.channels(sample.weight), call.channels(sample.bias)
         state = {
             name: call.memory.copy(t)
@@ -293,39 +322,85 @@ class Forward:
         args.momentum, args.cumulative = case.momentum or 0.0, case.momentum is None
         self.mean, self.invstd = (call.memory.empty((case.shape[1],), torch.float64) for _ in range(2))
         args.mean, args.invstd = self.mean.data_ptr(), self.invstd.data_ptr()
-        device = emulation.device(call.rows)
-        plan = module.plan_forward(args, device)
-        emulation.plans.append(plan)
-        module.batch_norm_act_forward(args, plan, call.workspace(plan))
-        call.memory.check()
-        self.results: Results = {"output": output, **state}
+        self.results: Results = dict(state)
+
+    def finish(self, plan: Any, kernels: Any) -> None:
+        """Runs the kernels as planned."""
+        self.call.emulation.plans.append(plan)
+        kernels(self.args, plan, self.call.workspace(plan))
+        self.call.memory.check()
 
 
-class _Backward:
+class Forward(_AnyForward):
+    """One call of forward: its results, and what it saves for backward."""
+
+    def __init__(
+        self, emulation: Emulation, emulated: EmulatedSample, activation: activations.Activation, save_bits: bool
+    ) -> None:
+        module = emulation.module
+        super().__init__(module.ForwardArgs(), emulation, emulated, activation)
+        args, call = self.args, self.call
+        self.results["output"], args.output = call.result(emulated.sample.case.dtype)
+        self.flat_bits = call.memory.empty((module.flat_bits_bytes(args.shape),), torch.uint8) if save_bits else None
+        args.flat_bits = 0 if self.flat_bits is None else self.flat_bits.data_ptr()
+        self.finish(module.plan_forward(args, emulation.device(call.rows)), module.batch_norm_act_forward)
+
+
+def _pool_of(module: ModuleType, sample: Sample) -> tuple[Any, Tensor]:
+    """What the kernels are told of the pool, and a tensor of the shape of what comes out."""
+    pool = pooling.resolve(sample.case.pool_layer, sample.input.dim() - 2)
+    assert pool is not None
+    *_, height, width = (1, *sample.input.shape[2:])
+    sizes = pool.output_size(sample.input.shape[2:])
+    return module.Pool(height, width, pool.window, pool.ceil_mode), sample.input.new_empty(
+        sample.input.shape[:2] + sizes
+    )
+
+
+class PooledForward(_AnyForward):
+    """The same with the pool of the case: `selected` and `positions` are None where they are not saved."""
+
     def __init__(
         self,
         emulation: Emulation,
         emulated: EmulatedSample,
         activation: activations.Activation,
-        forward: Forward,
+        save: bool = True,
+    ) -> None:
+        module, case = emulation.module, emulated.sample.case
+        super().__init__(module.PooledForwardArgs(), emulation, emulated, activation)
+        args, call = self.args, self.call
+        args.pool, like = _pool_of(module, emulated.sample)
+        args.monotone = activation.monotone
+        self.results["output"], args.output = call.result(case.dtype, like)
+        self.selected: Tensor | None = None
+        self.positions: Tensor | None = None
+        if save:
+            self.selected, selected = call.result(case.dtype, like)
+            self.positions, positions = call.result(torch.uint8, like)
+            args.selected, args.positions = selected.data, positions.data
+        self.finish(module.plan_pooled_forward(args, emulation.device(call.rows)), module.batch_norm_act_pool_forward)
+
+
+class _AnyBackward:
+    def __init__(
+        self,
+        args: Any,
+        emulation: Emulation,
+        emulated: EmulatedSample,
+        activation: activations.Activation,
+        forward: _AnyForward,
         wanted: Wanted,
     ) -> None:
         sample, case, module = emulated.sample, emulated.sample.case, emulation.module
-        call = Call(emulation, sample.input)
-        args = module.BackwardArgs()
+        self.args, self.call = args, (call := Call(emulation, sample.input))
         args.shape, args.dtype = shape_of(module, sample.input), dtype_of(module, case.dtype)
         args.activation = module.ActivationCall(activation.code, activation.params)
         args.keep = call.keep(emulated.mask, case.drop_p)
-        args.grad_output, args.input = call.source(sample.grad_output), call.source(sample.input)
-        if forward.flat_bits is not None:
-            args.flat_bits = call.memory.constant(forward.flat_bits).data_ptr()
-        elif activation.code != activations.IDENTITY.code:
-            args.residual = call.source(sample.residual)
+        args.grad_output = call.source(sample.grad_output)
         self.results: Results = {}
         if wanted.input:
             self.results["gradient of input"], args.grad_input = call.result(case.dtype)
-        if wanted.residual and sample.residual is not None:
-            self.results["gradient of residual"], args.grad_residual = call.result(case.dtype)
         for name, parameter in (("weight", sample.weight), ("bias", sample.bias)):
             if parameter is None or not wanted.parameters or (name == "weight" and case.affine == "frozen weight"):
                 continue
@@ -336,7 +411,49 @@ class _Backward:
         args.mean = call.memory.constant(forward.mean).data_ptr()
         args.invstd = call.memory.constant(forward.invstd).data_ptr()
         args.training = case.training
-        plan = module.plan_backward(args, emulation.device(call.rows))
-        emulation.plans.append(plan)
-        module.batch_norm_act_backward(args, plan, call.workspace(plan))
-        call.memory.check()
+
+    def finish(self, plan: Any, kernels: Any) -> None:
+        self.call.emulation.plans.append(plan)
+        kernels(self.args, plan, self.call.workspace(plan))
+        self.call.memory.check()
+
+
+class _Backward(_AnyBackward):
+    def __init__(
+        self,
+        emulation: Emulation,
+        emulated: EmulatedSample,
+        activation: activations.Activation,
+        forward: Forward,
+        wanted: Wanted,
+    ) -> None:
+        sample, module = emulated.sample, emulation.module
+        super().__init__(module.BackwardArgs(), emulation, emulated, activation, forward, wanted)
+        args, call = self.args, self.call
+        args.input = call.source(sample.input)
+        if forward.flat_bits is not None:
+            args.flat_bits = call.memory.constant(forward.flat_bits).data_ptr()
+        elif activation.code != activations.IDENTITY.code:
+            args.residual = call.source(sample.residual)
+        if wanted.residual and sample.residual is not None:
+            self.results["gradient of residual"], args.grad_residual = call.result(sample.case.dtype)
+        self.finish(module.plan_backward(args, emulation.device(call.rows)), module.batch_norm_act_backward)
+
+
+class _PooledBackward(_AnyBackward):
+    def __init__(
+        self,
+        emulation: Emulation,
+        emulated: EmulatedSample,
+        activation: activations.Activation,
+        forward: PooledForward,
+        wanted: Wanted,
+    ) -> None:
+        sample, module = emulated.sample, emulation.module
+        super().__init__(module.PooledBackwardArgs(), emulation, emulated, activation, forward, wanted)
+        args, call = self.args, self.call
+        args.pool, _ = _pool_of(module, sample)
+        if sample.case.training:  # read in training only
+            args.whole_input = call.source(sample.input)
+        args.input, args.positions = call.source(forward.selected), call.source(forward.positions).data
+        self.finish(module.plan_pooled_backward(args, emulation.device(call.rows)), module.batch_norm_act_pool_backward)

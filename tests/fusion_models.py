@@ -136,8 +136,9 @@ class DenseBlock(nn.ModuleDict):
 
 def densenet() -> nn.Module:
     transition = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4, 1), nn.AvgPool2d(2))
-    layers = [conv(3, 4), DenseBlock(2, 4, 2, 0.3), transition, DenseBlock(1, 4, 2, 0.0), nn.BatchNorm2d(6), nn.ReLU()]
-    return nn.Sequential(*layers, Head(6))
+    stem = [conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    layers = [DenseBlock(2, 4, 2, 0.3), transition, DenseBlock(1, 4, 2, 0.0), nn.BatchNorm2d(6), nn.ReLU()]
+    return nn.Sequential(*stem, *layers, Head(6))
 
 
 class SqueezeExcite(nn.Module):
@@ -277,7 +278,7 @@ class Inception(nn.Module):
 
 
 class GoogLeNet(nn.Module):
-    """Two such blocks, with an auxiliary output in training only."""
+    """Two such blocks behind a max-pool, with an auxiliary output in training only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,7 +286,7 @@ class GoogLeNet(nn.Module):
         self.auxiliary, self.head = nn.Sequential(BasicConv(8, 4, 1), Head(4)), Head(8)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        y = self.first(self.stem(x))
+        y = self.first(F.max_pool2d(self.stem(x), 3, stride=2, ceil_mode=True))
         auxiliary = self.auxiliary(y) if self.training else None
         y = self.head(self.second(y))
         return y if auxiliary is None else (y, auxiliary)
@@ -310,7 +311,7 @@ MODELS = {
     "resnet_basic": Model(lambda: resnet(BasicBlock), 5, 1),
     "resnet_bottleneck": Model(lambda: resnet(Bottleneck), 7, 1),
     "vgg": Model(vgg, 4),
-    "densenet": Model(densenet, 8),
+    "densenet": Model(densenet, 9),
     "mobilenet_v2": Model(lambda: mobile(nn.ReLU6), 6, 2),
     "mobilenet_v3": Model(lambda: mobile(nn.Hardswish, nn.Hardsigmoid), 6, 2),
     "efficientnet": Model(lambda: mobile(nn.SiLU, nn.Sigmoid, 0.3), 6, 2),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastlayers as fl
 from fastlayers import activations
-from tests.cases import ACTIVATIONS, SEED, Case, Sample, make_sample, reference_of
+from tests.cases import ACTIVATIONS, SEED, Case, Sample, make_sample, reference_of, take
 
 Results = dict[str, Tensor]
 
@@ -76,11 +76,16 @@ def fused(sample: Sample) -> Tensor:
         drop_p=case.drop_p,
         drop_mode=case.drop_mode,
         num_batches_tracked=sample.num_batches_tracked,
+        pool=case.pool_layer,
     )
 
 
 def eager(sample: Sample) -> Tensor:
-    """The same by torch's own layers, one after the other."""
+    """The same by torch's own layers, one after the other.
+
+    Max-pooling takes the elements that are known as `Sample.taken`, those of exact arithmetic: two that rounding makes
+    equal have gradients of their own, and an error of which one it was would excuse every other.
+    """
     case = sample.case
     momentum = case.momentum
     if case.training and sample.num_batches_tracked is not None:
@@ -99,7 +104,10 @@ def eager(sample: Sample) -> Tensor:
     if sample.residual is not None:
         z = z + sample.residual
     y: Tensor = ACTIVATIONS[case.act](z)
-    return y if sample.mask is None else y * _noise(sample, y)
+    y = y if sample.mask is None else y * _noise(sample, y)
+    if sample.taken is not None:
+        return take(y, sample.taken)
+    return y if case.pool is None else case.pool_layer(y)
 
 
 def _noise(sample: Sample, y: Tensor) -> Tensor:
@@ -149,10 +157,10 @@ def _size(name: str, sample: Sample) -> float:
     grad_output = sample.grad_output.double().transpose(0, 1).flatten(1)
     if grad_output.numel() == 0:
         return 0.0
+    values = sample.input.double().transpose(0, 1).flatten(1)
     if name in ("gradient of weight", "gradient of bias"):
         return float(grad_output.norm(dim=1).max())
-    if name == "gradient of input" and sample.case.training and grad_output.shape[1] == 2:
-        values = sample.input.double().transpose(0, 1).flatten(1)
+    if name == "gradient of input" and sample.case.training and values.shape[1] == 2:
         invstd = torch.rsqrt(values.var(dim=1, unbiased=False) + sample.case.eps)
         scale = invstd if sample.weight is None else invstd * sample.weight.double()
         return float((grad_output * scale[:, None]).abs().max())
@@ -165,8 +173,16 @@ def check(case: Case, device: torch.device) -> None:
     results = run(fused, sample.fresh())
     compare(results, sample, exact_results, eager_results)
     like = torch.empty_like(sample.input)
-    assert results["output"].stride() == like.stride()
+    assert results["output"].stride() == (like if case.pool is None else _pooled_like(results["output"], like)).stride()
     assert results["gradient of input"].stride() == like.stride()
+
+
+def _pooled_like(output: Tensor, like: Tensor) -> Tensor:
+    """Channels adjacent where they are in the input, and else contiguous."""
+    batch, channels, *sizes = output.shape
+    if like[0, 0].numel() == 1 or (channels > 1 and like.stride(1) == 1):
+        return output.new_empty(batch, *sizes, channels).movedim(-1, 1)
+    return output.new_empty(output.shape)
 
 
 def compare(results: Results, sample: Sample, exact_results: Results, eager_results: Results) -> None:

@@ -87,6 +87,15 @@ CASES = {
         Case("no running statistics", options={"track_running_stats": False}),
         Case("nothing but the input", options={"track_running_stats": False, "affine": False}, dtype=torch.float64),
         Case("tiny eps", options={"eps": 1e-12}),
+        Case("a pool", options={"pool": nn.MaxPool2d(2, 1)}, act="gelu"),
+        Case(
+            "a pool, channels last, in bfloat16",
+            options={"pool": nn.MaxPool2d(3, 2, 1), "affine": False},
+            channels_last=True,
+            dtype=torch.bfloat16,
+            act="identity",
+        ),
+        Case("a pool and an empty batch", parts=(0, 9), options={"pool": nn.MaxPool2d(2)}, residual=True),
         Case("reference", backend="reference", residual=True, act="gelu"),
         Case("reference without dropout and residual", backend="reference", dtype=torch.float64),
         Case("compiled kernels", backend="cpp"),
@@ -124,6 +133,8 @@ def _batch(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Input, residual and the output's gradient, the same on all ranks."""
     generator = torch.Generator().manual_seed(1)
     made = [torch.randn(case.shape, generator=generator, dtype=torch.float64) for _ in range(3)]
+    if "pool" in case.options:
+        made[2] = torch.randn(case.options["pool"](made[2]).shape, generator=generator, dtype=torch.float64)
     made[0] += case.offset
     if case.channels_last:
         made = [t.to(memory_format=torch.channels_last) for t in made]
@@ -147,7 +158,7 @@ def _results(layer: nn.Module, x: Tensor, residual: Tensor | None, gradient: Ten
     for _ in range(2):  # running statistics twice
         output = layer(x, residual)
     output.backward(gradient)
-    assert output.stride() == torch.empty_like(x).stride()
+    assert output.stride() == torch.empty_like(gradient).stride()
     found |= {"output": output.detach(), "gradient of input": x.grad, **dict(layer.named_buffers())}
     if residual is not None:
         found["gradient of residual"] = residual.grad

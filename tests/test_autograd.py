@@ -54,6 +54,20 @@ SMALL = [
     _small(shape=(3, 2, 3), act="tanh", affine="no bias", track=False),
     _small(shape=(2, 2, 2, 1, 2), act="elu", drop_p=0.3),
     _small(shape=(3, 2, 2), act="sigmoid", drop_p=1.0),
+    *(_small(shape=(2, 2, 4, 4), act=act, pool="2/1/1 dilated") for act in ("identity", "silu")),
+    *(
+        _small(shape=shape, layout=layout, act=act, pool=pool, drop_p=0.3)
+        for (shape, pool), layout, act in itertools.product(
+            (((3, 2, 5), "3/1/1"), ((3, 2, 4, 3), "2/2")), ("contiguous", "channels_last"), ("relu", "gelu")
+        )
+    ),
+    *(_small(shape=(2, 3, 3, 4), act=act, pool="3/2 ceil", training=False) for act in ("elu", "mish")),
+    _small(shape=(2, 2, 3, 3), act="tanh", pool="5/3/2", affine="no bias", track=False),
+    _small(shape=(2, 2, 3, 3), act="softplus", pool="2/2", affine="none"),
+    # By torch's pool, behind.
+    _small(shape=(3, 2, 4, 3), act="gelu", pool="2/2", residual="contiguous"),
+    _small(shape=(2, 2, 3, 2, 2), act="relu", pool="2/2", drop_p=0.3),
+    _small(shape=(2, 2, 4, 4), act="relu", pool="3/1/1", drop_p=0.3, drop_mode="element"),
 ]
 
 
@@ -91,7 +105,32 @@ def test_dropout_any_order(mode: str, device: torch.device) -> None:
     assert gradgradcheck(lambda x: function(x).square(), x)
 
 
+def test_second_order_where_planes_are_dropped(device: torch.device) -> None:
+    """Positions there are of nothing: neither what is beyond the input is read, nor what is NaN."""
+    torch.manual_seed(SEED)
+    x = torch.randn(3, 4, 6, 6, dtype=torch.float64, device=device)
+    weight, bias = (torch.rand(4, dtype=torch.float64, device=device).requires_grad_() for _ in range(2))
+    statistics = torch.zeros_like(weight.detach()), torch.ones_like(weight.detach())
+    pool = nn.MaxPool2d(5, 3, 2)
+
+    def function(x: Tensor) -> Tensor:
+        torch.manual_seed(SEED)
+        return fl.functional.batch_norm_act(
+            x, *statistics, weight, bias, False, act="gelu", drop_p=0.5, stochastic=True, pool=pool
+        )
+
+    dropped = (function(x) == 0).all(3).all(2)
+    assert dropped.any()
+    x[dropped] = float("nan")
+    x.requires_grad_()
+    gradients = torch.autograd.grad(function(x).sin().sum(), [x, weight, bias], create_graph=True)
+    again = torch.autograd.grad(torch.stack([g.sin().sum() for g in gradients]).sum(), [x, weight, bias])
+    assert all(g.isfinite().all() for g in (*gradients, *again))
+    assert not again[0][dropped].any()
+
+
 ALL = ("input", "residual", "weight", "bias")
+POOLED = ("input", "weight", "bias")  # a residual is not fused with a pool
 
 
 @pytest.mark.parametrize("wanted", [c for n in range(1, 5) for c in itertools.combinations(ALL, n)], ids=" ".join)
@@ -119,6 +158,29 @@ def test_gradients_only_where_needed(
         assert [t.numel() > 0 for t in computed] == [flags[0], flags[1], flags[1], flags[2]]
 
 
+@pytest.mark.parametrize("wanted", [c for n in range(1, 4) for c in itertools.combinations(POOLED, n)], ids=" ".join)
+@pytest.mark.parametrize("training", [True, False])
+def test_pooled_gradients_only_where_needed(
+    training: bool, wanted: tuple[str, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers as when all are needed, and nothing computed for the rest."""
+    sample = make_sample(Case(act="gelu", training=training, pool="5/3/2", drop_p=0.3), device)
+    every = run(fused, sample.fresh())
+    some = sample.fresh()
+    for name in POOLED:
+        getattr(some, name).requires_grad_(name in wanted)
+    kernel = Mock(wraps=fl.ops.batch_norm_act_pool_bwd)
+    monkeypatch.setattr(fl.ops, "batch_norm_act_pool_bwd", kernel)
+    results = run(fused, some)
+    for name in wanted:
+        assert torch.equal(results[f"gradient of {name}"], every[f"gradient of {name}"])
+    if device.type == "cpu":
+        flags = ["input" in wanted, bool({"weight", "bias"} & set(wanted))]
+        assert list(kernel.call_args.args[-2:]) == flags
+        computed = kernel(*kernel.call_args.args)
+        assert [t.numel() > 0 for t in computed] == [flags[0], flags[1], flags[1]]
+
+
 @pytest.mark.parametrize("wanted", [(), ("input",), ("bias",), ("weight", "residual")], ids=str)
 def test_output_needs_a_gradient_where_an_argument_does(wanted: tuple[str, ...], device: torch.device) -> None:
     sample = make_sample(Case(residual="contiguous"), device).fresh()
@@ -129,10 +191,11 @@ def test_output_needs_a_gradient_where_an_argument_does(wanted: tuple[str, ...],
         assert not fused(sample).requires_grad
 
 
+@pytest.mark.parametrize("pool", [None, "5/3/2"])
 @pytest.mark.parametrize("training", [True, False])
-def test_gradient_of_a_broadcast_output(training: bool, device: torch.device) -> None:
+def test_gradient_of_a_broadcast_output(training: bool, pool: str | None, device: torch.device) -> None:
     """The gradient of a sum is one expanded number, that of a mean of planes a tensor with strides of zero."""
-    sample = make_sample(Case(training=training, act="gelu"), device)
+    sample = make_sample(Case(training=training, act="gelu", pool=pool), device)
     for reduce in (Tensor.sum, lambda y: y.mean((2, 3)).square().sum()):
         gradients = []
         for operator, dtype in ((fused, torch.float32), (exact, torch.float64)):
@@ -152,9 +215,10 @@ def _images(device: torch.device, seed: int = 0) -> Tensor:
     return torch.randn(4, 5, 3, 3, generator=torch.Generator().manual_seed(seed)).to(device).requires_grad_()
 
 
-def test_two_forwards_before_one_backward(device: torch.device) -> None:
+@pytest.mark.parametrize("pool", [None, nn.MaxPool2d(2, 1)], ids=str)
+def test_two_forwards_before_one_backward(pool: nn.MaxPool2d | None, device: torch.device) -> None:
     """Nothing of a call is kept on the module."""
-    layer, x, y = _block(device), _images(device, 1), _images(device, 2)
+    layer, x, y = _block(device, pool=pool), _images(device, 1), _images(device, 2)
     apart = [torch.autograd.grad(layer(t).square().sum(), [t, layer.weight]) for t in (x, y)]
     out_x, out_y = layer(x), layer(y)
     together = torch.autograd.grad(out_x.square().sum() + out_y.square().sum(), [x, y, layer.weight])
@@ -163,10 +227,11 @@ def test_two_forwards_before_one_backward(device: torch.device) -> None:
     torch.testing.assert_close(together[2], apart[0][1] + apart[1][1])
 
 
-def test_used_twice_in_one_network(device: torch.device) -> None:
+@pytest.mark.parametrize("pool", [None, nn.MaxPool2d(2, 1)], ids=str)
+def test_used_twice_in_one_network(pool: nn.MaxPool2d | None, device: torch.device) -> None:
     """As torch's layers used twice."""
-    ours = _block(device)
-    theirs = nn.Sequential(nn.BatchNorm2d(5), nn.GELU()).to(device)
+    ours = _block(device, pool=pool)
+    theirs = nn.Sequential(nn.BatchNorm2d(5), nn.GELU(), pool or nn.Identity()).to(device)
     theirs[0].load_state_dict(ours.state_dict())
     x = _images(device)
     got, expected = (
@@ -176,9 +241,10 @@ def test_used_twice_in_one_network(device: torch.device) -> None:
     torch.testing.assert_close(ours.state_dict(), theirs[0].state_dict())
 
 
-def test_backward_twice(device: torch.device) -> None:
+@pytest.mark.parametrize("pool", [None, nn.MaxPool2d(2, 1)], ids=str)
+def test_backward_twice(pool: nn.MaxPool2d | None, device: torch.device) -> None:
     """With retain_graph the same gradient again; without it torch's own error."""
-    layer, x = _block(device), _images(device)
+    layer, x = _block(device, pool=pool), _images(device)
     loss = layer(x).square().sum()
     first = torch.autograd.grad(loss, x, retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(loss, x)[0], first)
@@ -186,9 +252,15 @@ def test_backward_twice(device: torch.device) -> None:
         torch.autograd.grad(loss, x)
 
 
-@pytest.mark.parametrize("changed", ["input", "weight", "residual"])
-def test_what_was_saved_may_not_be_overwritten(changed: str, device: torch.device) -> None:
-    sample = make_sample(Case(act="gelu", residual="contiguous"), device).fresh()
+@pytest.mark.parametrize(
+    ("changed", "options"),
+    [
+        *((name, {"residual": "contiguous"}) for name in ("input", "weight", "residual")),
+        *((name, {"pool": "2/2"}) for name in ("input", "weight")),
+    ],
+)
+def test_what_was_saved_may_not_be_overwritten(changed: str, options: dict[str, Any], device: torch.device) -> None:
+    sample = make_sample(Case(act="gelu", **options), device).fresh()
     loss = fused(sample).sum()
     with torch.no_grad():
         getattr(sample, changed).add_(1)
@@ -198,15 +270,17 @@ def test_what_was_saved_may_not_be_overwritten(changed: str, device: torch.devic
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("preserve_rng_state", [True, False])
-@pytest.mark.parametrize("drop_mode", ["channel", "element"])
-def test_checkpoint(drop_mode: str, preserve_rng_state: bool, use_reentrant: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("options", [{}, {"drop_mode": "element"}, {"pool": nn.MaxPool2d(2, 1)}], ids=str)
+def test_checkpoint(
+    options: dict[str, Any], preserve_rng_state: bool, use_reentrant: bool, device: torch.device
+) -> None:
     """Recomputed with the same random numbers, the gradient is the same; with others, the mask is another.
 
     The running statistics are updated twice, as torch's layers' are.
     """
     gradients = []
     for recompute in (False, True):
-        layer, x = _block(device, drop_p=0.5, drop_mode=drop_mode), _images(device)
+        layer, x = _block(device, drop_p=0.5, **options), _images(device)
         torch.manual_seed(SEED)
         if recompute:
             y = checkpoint(layer, x, use_reentrant=use_reentrant, preserve_rng_state=preserve_rng_state)
@@ -270,6 +344,22 @@ def test_saved_for_backward(
     needs_residual = options["act"] == "gelu"
     given = [sample.input, sample.weight, sample.bias, sample.residual if needs_residual else None]
     assert _saved_bytes(lambda: fused(sample), [t for t in given if t is not None]) <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("act", "drop_p"), [("relu", 0.0), ("gelu", 0.3)])
+def test_saved_with_a_pool(act: str, drop_p: float, dtype: torch.dtype, layout: str, device: torch.device) -> None:
+    """Of full size only the input; of each window the value that was taken, and a byte."""
+    if device.type != "cpu":
+        pytest.skip("the reference, which serves other devices, keeps what autograd keeps")
+    sample = make_sample(Case((N, C, H, W), dtype, layout=layout, act=act, drop_p=drop_p, pool="2/2"), device).fresh()
+    windows, mask = ELEMENTS // 4, N * C if drop_p else 0
+    assert sample.weight is not None
+    assert sample.bias is not None
+    given = [sample.input, sample.weight, sample.bias]
+    assert _saved_bytes(lambda: fused(sample), given) <= PER_CHANNEL + mask + windows * (dtype.itemsize + 1)
+    with torch.no_grad():
+        assert _saved_bytes(lambda: fused(sample), given) == 0
 
 
 @pytest.mark.parametrize(("mode", "allowed"), [("dropout", ELEMENTS // 8), ("dropout2d", N * C)])

@@ -33,6 +33,8 @@ CASES = [
     Case((70, 200, 5, 4), act="relu", residual="contiguous", drop_p=0.3),
     Case((64, 1100, 2, 2), layout="channels_last", act="relu", drop_p=0.3),
     Case((16, 130, 12, 12), act="relu", residual="contiguous", drop_p=0.3),
+    Case((16, 40, 32, 33), act="relu", drop_p=0.3, pool="5/3/2"),
+    Case((16, 40, 32, 33), layout="channels_last", act="gelu", drop_p=0.3, pool="2/2"),
 ]
 
 
@@ -153,7 +155,7 @@ def test_gpu_backends_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     _gpu(monkeypatch, True, "it is not installed")
     with fl.use_backend("cuda"):
         assert backends.serving(Mock(device=torch.device("cuda", 0))) == "cuda"
-        assert [row.backend for row in backends.explain()] == ["none", "cuda"] * 2
+        assert [row.backend for row in backends.explain()] == ["none", "cuda"] * 3
         with pytest.raises(RuntimeError, match=r"'cuda' does not serve tensors on cpu"):
             fl.BatchNorm2d(3)(torch.ones(4, 3, 2, 2))
     with pytest.raises(RuntimeError, match=r"'triton'.*not installed.*allowed: auto, cpp, cuda, reference"):
@@ -180,6 +182,24 @@ def test_auto_serves_other_devices() -> None:
     layer = fl.BatchNormAct2d(3, drop_p=0.5, device="meta", dtype=torch.bfloat16)
     y = layer(torch.ones(4, 3, 2, 2, device="meta", dtype=torch.bfloat16))
     assert (y.shape, y.dtype, y.device.type) == ((4, 3, 2, 2), torch.bfloat16, "meta")
+    layer.pool = fl.pooling.resolve(nn.MaxPool2d(2), 2)
+    y = layer(torch.ones(4, 3, 5, 4, device="meta", dtype=torch.bfloat16))
+    assert (y.shape, y.dtype, y.device.type) == ((4, 3, 2, 2), torch.bfloat16, "meta")
+
+
+def test_operators_of_meta_tensors() -> None:
+    """Shapes and strides, as for a compiler."""
+    x, c = torch.empty(4, 3, 9, 8, device="meta"), torch.ones(3, device="meta")
+    pool = fl.pooling.resolve(nn.MaxPool2d(3, 2, 1), 2)
+    assert pool is not None
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        output, mean, _, selected, positions = fl.ops.batch_norm_act_pool_fwd(
+            x.contiguous(memory_format=memory_format), c, c, None, None, None, None, True, 0.1, 1e-5, 1, [0.0] * 3,
+            True, 1.0, pool.window, pool.ceil_mode, True,
+        )  # fmt: skip
+        assert all(t.shape == (4, 3, 5, 4) for t in (output, selected, positions))
+        assert all(t.is_contiguous(memory_format=memory_format) for t in (output, selected, positions))
+        assert (mean.dtype, selected.dtype, positions.dtype) == (torch.float64, torch.float32, torch.uint8)
 
 
 @pytest.mark.parametrize(("setting", "chosen"), [("auto", "cpp"), ("cpp", "cpp"), ("reference", "reference")])
@@ -188,7 +208,8 @@ def test_explain(setting: str, chosen: str) -> None:
     with fl.use_backend(setting):
         rows = backends.explain()
     on_cpu = [row for row in rows if row.device == "cpu"]
-    assert [row.op for row in on_cpu] == ["batch_norm_act", "dropout"]
+    assert [row.op for row in on_cpu] == ["batch_norm_act", "batch_norm_act_pool", "dropout"]
+    assert ("torch pools behind a residual" in on_cpu[1].why) == (chosen == "cpp")
     assert {row.backend for row in on_cpu} == {chosen}
     assert all(row.why for row in rows)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar
 
 import click
@@ -22,6 +23,7 @@ from fastlayers_benchmarks import (
     cases,
     check,
     contenders,
+    goals,
     layers,
     machine,
     memory,
@@ -44,10 +46,17 @@ import fastlayers as fl
 from fastlayers.cli import main
 from fastlayers.experiments.memory import bytes_saved_by
 from fastlayers.models import LayerKit
+from fastlayers.pooling import resolve
 
 CPU = torch.device("cpu")
 TINY = "^2x16x8x8-contiguous-float32-p0-relu$"
 P0 = Variant(drop_p=0.0)
+POOLED = Case((4, 8, 9, 9), "channels_last", Variant(drop_p=0.4, pool=(5, 3, 2)))
+
+
+def plain(kind: cases.Grid) -> list[Case]:
+    """The cases of a grid without max-pool."""
+    return [case for case in cases.grid(kind) if not case.variant.pool]
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -59,21 +68,42 @@ class TestGrid:
         asked = """(100,1024); (100,256,32,32); (100,1024,11,11); (128,64,32,32); (128,128,16,16); (128,256,8,8);
             (128,512,4,4); (32,256,56,56); (32,2048,7,7); (4,32,256,256); (1,3,512,512); (2,16,8,8)"""
         expected = [tuple(map(int, shape.strip(" \n()").split(","))) for shape in asked.split(";")]
-        assert list(dict.fromkeys(case.shape for case in cases.grid())) == expected
+        assert list(dict.fromkeys(case.shape for case in plain("default"))) == expected
+
+    def test_pooled_cases_are_those_that_were_asked_for(self) -> None:
+        asked = (
+            ((100, 256, 32, 32), (5, 3, 2)),
+            ((100, 64, 32, 32), (5, 3, 2)),
+            ((100, 64, 32, 32), (2, 2, 0)),
+            ((128, 64, 28, 28), (2, 2, 0)),
+        )
+        default = set(cases.grid()) - set(plain("default"))
+        for (shape, pool), layout, drop_p in itertools.product(asked, cases.LAYOUTS, (0.0, 0.4)):
+            assert Case(shape, layout, Variant(drop_p=drop_p, pool=pool)) in default
+        for layout in cases.LAYOUTS:
+            variants = {dataclasses.replace(c.variant, pool=None) for c in default if c.layout == layout}
+            assert variants == set(cases.POOLED_STAR)
+        assert len(default) == 4 * 2 * 4
+        assert len(cases.grid("full")) - len(plain("full")) == 4 * 2 * 8
+        goals_cases = {
+            Case(shape, layout, Variant(drop_p=0.4, pool=pool)) for shape, pool in asked for layout in cases.LAYOUTS
+        }
+        assert set(cases.grid("gpu")) - set(plain("gpu")) == goals_cases
+        assert set(cases.grid("quick")) - set(plain("quick")) < goals_cases
 
     def test_full_grid_is_the_product(self) -> None:
         dtypes, ps, acts = ("float32", "bfloat16"), (0, 0.5), ("relu", "gelu")
         choices = list(itertools.product(dtypes, ps, acts, (False, True)))
-        full = cases.grid("full")
+        full = plain("full")
         for shape in cases.SHAPES:
             for layout in ("contiguous", "channels_last") if len(shape) == 4 else ("contiguous",):
                 variants = [case.variant for case in full if (case.shape, case.layout) == (shape, layout)]
-                assert [dataclasses.astuple(variant) for variant in variants] == choices
+                assert [dataclasses.astuple(variant)[:-1] for variant in variants] == choices
         assert len(full) == 11 * 2 * 16 + 16
 
     def test_default_grid_has_what_the_targets_are_about(self) -> None:
-        default = cases.grid()
-        assert set(default) < set(cases.grid("full"))
+        default = plain("default")
+        assert set(cases.grid()) < set(cases.grid("full"))
         assert len(default) == 11 * 2 * 6 + 6
         for shape, layout in {(case.shape, case.layout) for case in default}:
             variants = {case.variant for case in default if (case.shape, case.layout) == (shape, layout)}
@@ -86,8 +116,9 @@ class TestGrid:
         assert len(cases.grid("quick")) < 20
 
     def test_gpu_grid_has_what_the_targets_are_about(self) -> None:
-        grid = cases.grid("gpu")
-        assert len({case.name for case in grid}) == len(grid) == 16
+        grid = plain("gpu")
+        assert len({case.name for case in cases.grid("gpu")}) == len(cases.grid("gpu"))
+        assert len(grid) == 16
         for layout, dtype in itertools.product(cases.LAYOUTS, cases.DTYPES):
             sizes = [case.nbytes for case in grid if (case.layout, case.variant.dtype) == (layout, dtype)]
             assert sum(size >= 200e6 for size in sizes) >= 2
@@ -99,6 +130,9 @@ class TestGrid:
         assert Case((2, 3, 4, 5), variant=Variant("bfloat16", 0.0, "gelu", True)).name == (
             "2x3x4x5-contiguous-bfloat16-p0-gelu-residual"
         )
+        assert POOLED.name == "4x8x9x9-channels_last-float32-p0.4-relu-pool5-3-2"
+        assert POOLED.about["pool"] == "5/3/2"
+        assert CASE.about["pool"] == ""
         full = cases.grid("full")
         assert len({case.name for case in full}) == len(full)
 
@@ -113,6 +147,14 @@ class TestGrid:
         assert inputs.input.is_leaf
         assert inputs.input.requires_grad
         assert case.nbytes == 2 * 2 * 3 * 4 * 5
+
+    @pytest.mark.parametrize("pool", [(5, 3, 2), (2, 2, 0)])
+    def test_gradient_of_a_pooled_case_is_of_the_pooled_shape(self, pool: cases.Window) -> None:
+        case = dataclasses.replace(POOLED, variant=Variant("bfloat16", pool=pool))
+        inputs = cases.make_inputs(case, CPU)
+        assert inputs.grad_output.shape == nn.MaxPool2d(*pool)(inputs.input).shape == case.output_shape
+        assert inputs.grad_output.is_contiguous(memory_format=torch.channels_last)
+        assert inputs.input.shape == case.shape
 
 
 class TestTraffic:
@@ -151,6 +193,21 @@ class TestTraffic:
         assert self.passes(self.CONTIGUOUS, "forward+backward", True, residual=True) == 4.5 + 0.5 + 1
         far = self.passes(self.CONTIGUOUS, "forward+backward", False, residual=True, act="gelu")
         assert far == 6 + 0.5 + 2 * 0.5 + 1
+
+    @pytest.mark.parametrize("p", [0.0, 0.4])
+    def test_max_pool(self, p: float) -> None:
+        """The table of `traffic`: what is pooled is a quarter as large, and a position a quarter of an element."""
+        pooled = 0.25 * (2 + 1 / 4)
+        for on_chip, contiguous, rows in ((True, 3.0, 3.0), (False, 4.0 - p, 4.0)):
+            changes = {"drop_p": p, "pool": (2, 2, 0)}
+            found = self.passes(self.CONTIGUOUS, "forward+backward", on_chip, **changes)
+            assert found == pytest.approx(contiguous + pooled * (2 - p))
+            found = self.passes(self.ROWS, "forward+backward", on_chip, **changes)
+            assert found == pytest.approx(rows + pooled * 2)
+            assert self.passes(self.ROWS, "forward", on_chip, **changes) == pytest.approx(rows - 2 + pooled)
+            assert self.passes(self.CONTIGUOUS, "eval", on_chip, **changes) == 1.25
+        wider = self.passes(self.ROWS, "forward", True, pool=(2, 2, 0), dtype="bfloat16")
+        assert wider == pytest.approx(1 + 0.25 * 2.5)
 
     def test_what_is_on_chip(self) -> None:
         channel = 8 * 16 * 16 * 4  # bytes
@@ -265,10 +322,33 @@ class TestContenders:
             (Case((100, 1024)), [nn.BatchNorm1d, nn.ReLU, nn.Dropout]),
             (Case((2, 16, 8, 8)), [nn.BatchNorm2d, nn.ReLU, nn.Dropout2d]),
             (Case((2, 16, 8, 8), variant=Variant(drop_p=0.0, act="gelu")), [nn.BatchNorm2d, nn.GELU]),
+            (POOLED, [nn.BatchNorm2d, nn.ReLU, nn.Dropout2d, nn.MaxPool2d]),
         ],
     )
     def test_eager_has_torchs_layers_and_no_dropout_for_p_0(self, case: Case, modules: list[type[nn.Module]]) -> None:
         assert [type(module) for module in contenders.eager_layer(case).children()] == modules
+
+    def test_pool_is_in_the_fused_layer_or_behind_it(self) -> None:
+        fused = contenders.fused_layer(POOLED)
+        assert isinstance(fused, fl.BatchNormAct2d)
+        assert fused.pool == resolve(nn.MaxPool2d(5, 3, 2), 2)
+        (behind,) = (c for c in contenders.contenders(CPU) if c.name == "fastlayers-then-pool")
+        norm, pool = behind.build(POOLED).children()
+        assert isinstance(norm, fl.BatchNormAct2d)
+        assert (norm.pool, norm.drop_p) == (None, 0.4)
+        assert repr(pool) == repr(nn.MaxPool2d(5, 3, 2))
+        assert behind.can(POOLED)
+        assert not behind.can(CASE)
+
+    def test_timm_has_torchs_pool_behind_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        timm_layers = ModuleType("timm.layers")
+        monkeypatch.setattr(
+            timm_layers, "BatchNormAct2d", lambda channels, **_: nn.BatchNorm2d(channels), raising=False
+        )
+        monkeypatch.setitem(sys.modules, "timm", ModuleType("timm"))
+        monkeypatch.setitem(sys.modules, "timm.layers", timm_layers)
+        assert [type(layer) for layer in contenders._timm_layer(POOLED).children()] == [nn.BatchNorm2d, nn.MaxPool2d]
+        assert isinstance(contenders._timm_layer(CASE), nn.BatchNorm2d)
 
     def test_timm_takes_only_what_it_computes(self) -> None:
         assert contenders._timm_can(Case((2, 16, 8, 8)))
@@ -284,6 +364,9 @@ class TestAccuracy:
         Case((4, 5, 6, 7)),
         Case((4, 5, 6, 7), "channels_last", Variant("bfloat16", 0.5, "gelu", True)),
         Case((4, 5, 6, 7), "channels_last", Variant("float32", 0.0, "relu", True)),
+        Case((4, 5, 16, 17), variant=Variant(drop_p=0.4, pool=(5, 3, 2))),
+        Case((4, 5, 16, 17), "channels_last", Variant("bfloat16", 0.4, pool=(2, 2, 0))),
+        Case((4, 5, 16, 17), "channels_last", Variant("bfloat16", 0.0, "gelu", pool=(3, 2, 1))),
     )
     BOUNDS: ClassVar = {"float32": 1e-6, "bfloat16": 2e-2}
 
@@ -299,6 +382,24 @@ class TestAccuracy:
         names = {"output", "grad_input", "grad_weight", "grad_bias"}
         assert set(errors) == names | ({"grad_residual"} if case.variant.residual else set())
         assert max(errors.values()) < self.BOUNDS[case.variant.dtype]
+
+    @pytest.mark.parametrize(
+        "pool", [nn.MaxPool2d(5, 3, 2), nn.MaxPool2d(2), nn.MaxPool2d((2, 3), (1, 2), (1, 0))], ids=repr
+    )
+    def test_ties_are_where_the_largest_two_of_a_window_are_near(self, pool: nn.MaxPool2d) -> None:
+        x = torch.randn(2, 3, 9, 11, dtype=torch.float64).mul_(20).round_().div_(20)
+        numbers = resolve(pool, 2)
+        assert numbers is not None
+        tie = accuracy._is_tie(x, pool)
+        assert tie.shape == pool(x).shape
+        for n, c, row, column in itertools.product(*map(range, tie.shape)):
+            top, left = (at * s - p for at, s, p in zip((row, column), numbers.stride, numbers.padding, strict=True))
+            window = x[n, c, max(top, 0) : top + numbers.kernel_size[0], max(left, 0) : left + numbers.kernel_size[1]]
+            values = window.flatten().sort(descending=True).values.tolist()
+            near = len(values) > 1 and values[0] - values[1] < accuracy.TIE_WIDTH * max(1, abs(values[0]))
+            assert bool(tie[n, c, row, column]) == near
+        assert tie.any()
+        assert not tie.all()
 
     def test_wrong_layer_is_found(self) -> None:
         errors = self.errors(self.CASES[1], lambda case: fl.BatchNormAct2d(5, eps=1e-1, drop_p=0.5))
@@ -332,6 +433,17 @@ class TestLayers:
         assert eager.saved_bytes is not None
         assert fused.saved_bytes < eager.saved_bytes
         assert rows[0].outcomes["eager"].errors is None
+
+    def test_max_pool(self) -> None:
+        chosen = [c for c in contenders.contenders(CPU) if not c.name.endswith(("compile", "compiled"))]
+        forward, training, evaluation = layers.measure_case(POOLED, chosen, cases.PHASES, 1, CPU)
+        names = {"eager", "fastlayers-cpp", "fastlayers-then-pool", "reference"}
+        for row in (forward, training, evaluation):
+            assert (row.about["pool"], row.tensor_bytes) == ("5/3/2", POOLED.nbytes)
+            assert names <= row.outcomes.keys()
+        for outcome in training.outcomes.values():
+            assert outcome.errors is not None
+            assert max(outcome.errors.values()) < TestAccuracy.BOUNDS["float32"]
 
     def test_masks_that_torch_does_not_draw_are_not_compared(self) -> None:
         other = contenders.Contender("other", contenders.eager_layer, same_mask=False)
@@ -372,9 +484,10 @@ class TestSteps:
         [
             (steps.build_mlp, (4, 3072)),
             (steps.build_cnn, (2, 3, 32, 32)),
+            (steps.build_cnn_3x3, (2, 3, 32, 32)),
             (steps.build_resnet18, (2, 3, 32, 32)),
         ],
-        ids=["mlp", "cnn", "resnet18"],
+        ids=["mlp", "cnn", "cnn-3x3", "resnet18"],
     )
     def test_both_models_train_alike(
         self, build: Callable[[LayerKit], nn.Module], shape: tuple[int, ...], one_thread: None
@@ -386,8 +499,9 @@ class TestSteps:
             return [module for module in model.modules() if isinstance(module, kind)]
 
         by_name = {case.name: case for case in steps.step_cases()}
-        names = ["mlp", "cnn-contiguous", "cnn-channels_last", "resnet18-contiguous", "resnet18-channels_last"]
-        assert list(by_name) == names
+        models = ("cnn", "cnn-3x3", "resnet18")
+        assert list(by_name) == ["mlp", *(f"{model}-{layout}" for model in models for layout in cases.LAYOUTS)]
+        assert {name for _, name in goals.STEPS} == {name for name in by_name if name.startswith("cnn")}
         torch_kit, fused = (steps.CONTENDERS[name][0] for name in ("eager", "fastlayers"))
         resnet = by_name["resnet18-contiguous"].build(torch_kit)
         # ResNet-18 for CIFAR has 11.17 million parameters.
@@ -396,12 +510,13 @@ class TestSteps:
         for case in by_name.values():
             assert case.shape[0] == (64 if case.model == "resnet18" else 100)
             assert modules(case.build(fused), fl.modules.batch_norm._FusedBatchNorm)
-            after_norm: list[type[nn.Module]] = [nn.ReLU, nn.modules.dropout._DropoutNd]
+            after_norm: list[type[nn.Module]] = [nn.ReLU, nn.modules.dropout._DropoutNd, nn.MaxPool2d]
             for layer in after_norm:
                 assert not modules(case.build(fused), layer)
             without = steps.Step(case, "without", CPU).model
             for layer in [*after_norm, nn.modules.batchnorm._BatchNorm]:
                 assert not modules(without, layer)
+            assert len(modules(case.build(torch_kit), nn.MaxPool2d)) == (2 if case.model.startswith("cnn") else 0)
         assert len(steps.step_cases(quick=True)) == 1
 
     def test_stand_in_gives_the_recorded_output_and_hands_gradients_through(self) -> None:
@@ -420,6 +535,26 @@ class TestSteps:
             assert torch.equal(residual.grad, grad)
         assert list(stand_in.parameters()) == []
         stand_in(x).sum().backward()
+
+    def test_stand_in_that_pools_gives_a_recorded_gradient(self) -> None:
+        chain = contenders.EagerChain(nn.BatchNorm2d(3), nn.ReLU(), pool=nn.MaxPool2d(3, 2, 1))
+        x = torch.randn(2, 3, 6, 7)
+        expected = chain(x)
+        stand_in = steps.StandIn(chain)
+        with torch.no_grad():  # as a step records
+            torch.testing.assert_close(stand_in(x), expected)
+        gradients = []
+        for _ in range(2):
+            leaf = x.clone().requires_grad_()
+            output = stand_in(leaf)
+            torch.testing.assert_close(output, expected)
+            output.sum().backward()
+            assert leaf.grad is not None
+            gradients.append(leaf.grad)
+        assert torch.equal(*gradients)
+        # Zero where an element is no window's largest, after BatchNorm's own part: that of a training step.
+        assert gradients[0].abs().amax() > 0
+        torch.testing.assert_close(gradients[0].sum((0, 2, 3)), torch.zeros(3))
 
     def test_share_and_what_is_removed_of_it(self) -> None:
         outcomes = {"eager": Outcome([10.0, 10.0]), "without": Outcome([8.0, 8.0]), "fastlayers": Outcome([8.5, 9.5])}
@@ -449,8 +584,7 @@ def make_row(case: Case = CASE, fused: float = 1.0, phase: str = "forward+backwa
         name: Outcome([time * scale for scale in (0.999, 1.0, 1.001)], 100, 50, {"output": 1e-7, "grad_input": 2e-7})
         for name, time in times.items()
     }
-    about = {"shape": list(case.shape), "layout": case.layout, **dataclasses.asdict(case.variant)}
-    return Row(case.name, about, phase, outcomes, 4.5, case.nbytes, 2e9)
+    return Row(case.name, case.about, phase, outcomes, 4.5, case.nbytes, 2e9)
 
 
 def make_record(rows: list[Row], **changes: object) -> Record:
@@ -461,7 +595,7 @@ def make_record(rows: list[Row], **changes: object) -> Record:
 
 class TestRecord:
     def test_round_trip(self, tmp_path: Path) -> None:
-        made = make_record([make_row(), dataclasses.replace(make_row(), failures={"compile": "no"})])
+        made = make_record([make_row(), make_row(POOLED), dataclasses.replace(make_row(), failures={"compile": "no"})])
         made.save(tmp_path / "new" / "record.json")
         assert record.load(tmp_path / "new" / "record.json") == made
 
@@ -549,6 +683,66 @@ class TestReport:
         assert [cell.text for cell in evaluation][-3:] == ["0.80", "0.60", "2"]
         assert [cell.loss for cell in evaluation][-3:] == [True, True, False]
 
+    def test_geometric_means_with_max_pool_have_goals(self) -> None:
+        rows = [make_row(dataclasses.replace(POOLED, layout=layout), fused=0.24) for layout in cases.LAYOUTS]
+        other = dataclasses.replace(POOLED, variant=dataclasses.replace(POOLED.variant, drop_p=0.0))
+        rows += [make_row(other), make_row(POOLED, phase="eval")]
+        table = summary.pooled_means(rows, "fastlayers-cpp", "cpu")
+        about = [[cell.text for cell in cells[:5]] for cells in table.rows]
+        assert about == [
+            ["forward+backward", "float32", "0", "relu", "channels_last"],
+            ["forward+backward", "float32", "0.4", "relu", "channels_last"],
+            ["forward+backward", "float32", "0.4", "relu", "contiguous"],
+            ["eval", "float32", "any", "relu", "channels_last"],
+        ]
+        cell_of = summary.Cell
+        assert [cell.text for cell in table.rows[0][6:]] == ["2.00", "-", "1.50", "-", "0"]
+        assert list(table.rows[1])[6:10] == [cell_of("8.33"), cell_of("4"), cell_of("6.25"), cell_of("5")]
+        assert list(table.rows[2])[6:10] == [cell_of("8.33"), cell_of("8"), cell_of("6.25"), cell_of("6")]
+        slower = summary.pooled_means([make_row(POOLED, fused=1.0)], "fastlayers-cpp", "cpu").rows[0]
+        assert list(slower)[6:10] == [
+            cell_of("2.00"),
+            cell_of("4", loss=True),
+            cell_of("1.50"),
+            cell_of("5", loss=True),
+        ]
+        on_gpu = summary.pooled_means([make_row(POOLED, fused=1.0)], "fastlayers-cpp", "cuda").rows[0]
+        assert list(on_gpu)[6:10] == [cell_of("2.00"), cell_of("3", loss=True), cell_of("1.50"), cell_of("1.5")]
+
+    def test_max_pool_has_tables_of_its_own(self) -> None:
+        old = make_row()
+        del old.about["pool"]  # as in a record of before there were any
+        titles = [table.title for table in summary.tables(make_record([old, make_row(POOLED)]).settings[0])]
+        assert [title.partition(":")[0] for title in titles] == [
+            "Geometric means",
+            "With max-pool, geometric means",
+            "forward+backward",
+            "forward+backward",
+            "Memory and errors in forward+backward",
+            "forward+backward with max-pool",
+            "forward+backward with max-pool",
+            "Memory and errors in forward+backward with max-pool",
+        ]
+        assert "5/3/2" in self.shown(make_record([make_row(POOLED)]))
+
+    @pytest.mark.parametrize(
+        ("fused", "compiled", "tuned", "missed"),
+        [(5.0, 9.0, 6.0, False), (5.0, 9.0, 4.0, True), (6.0, 9.0, None, True), (5.0, None, None, False)],
+    )
+    def test_training_steps_have_goals(
+        self, fused: float, compiled: float | None, tuned: float | None, missed: bool
+    ) -> None:
+        times = {"eager": 10.0, "compile": compiled, "compile-max-autotune": tuned, "fastlayers": fused}
+        outcomes = {name: Outcome([time]) for name, time in times.items() if time}
+        row = Row("cnn-contiguous", {"model": "cnn", "layout": "contiguous"}, record.STEP, outcomes)
+        table = summary.step_ratios([row], "cpu")
+        cells = dict(zip(table.columns, table.rows[0], strict=True))
+        assert cells["goal"] == summary.Cell("1.7, 1", loss=missed)
+        fastest = min((time for time in (compiled, tuned) if time), default=None)
+        assert cells["vs compile"].text.startswith(f"{fastest / fused:.2f}" if fastest else "-")
+        (other,) = summary.step_ratios([dataclasses.replace(row, case="mlp")], "cpu").rows
+        assert dict(zip(table.columns, other, strict=True))["goal"] == summary.NOTHING
+
     def test_outliers_and_failures_are_shown(self) -> None:
         outcomes = {name: Outcome([1.0] * 20 + [last]) for name, last in (("eager", 9.0), ("fastlayers-cpp", 1.0))}
         row = dataclasses.replace(make_row(), outcomes=outcomes, failures={"timm": "RuntimeError: why"})
@@ -560,13 +754,20 @@ class TestReport:
 
     def test_terminal_table_fits_120_columns(self) -> None:
         longest = Case((100, 1024, 11, 11), "channels_last", Variant("bfloat16", 0.5, "gelu", True))
-        lines = self.shown(make_record([make_row(longest)])).splitlines()
-        assert any("2.00 (2.00-2.00)" in line and "1.50 (1.50-1.50)" in line for line in lines)
+        pooled = Case((100, 256, 32, 32), "channels_last", Variant("bfloat16", 0.4, "gelu", pool=(5, 3, 2)))
+        times = {"eager": 161.0, "compile": 203.0, "compile-max-autotune": 201.0, "fastlayers": 149.0}
+        times["fastlayers-compiled"] = 149.0
+        outcomes = {name: Outcome([time]) for name, time in times.items()} | {"without": Outcome([140.0])}
+        step = Row("resnet18-channels_last", {"model": "resnet18", "layout": "channels_last"}, record.STEP, outcomes)
+        lines = self.shown(make_record([make_row(longest), make_row(pooled), step])).splitlines()
+        for shape in ("100x1024x11x11", "100x256x32x32"):
+            assert any(all(text in line for text in (shape, "2.00 (2.00-2.00)", "1.50 (1.50-1.50)")) for line in lines)
+        assert any("resnet18-channels_last" in line and "1.08 (1.08-1.08)" in line for line in lines)
         assert not any("…" in line for line in lines)
 
     def test_pictures(self, tmp_path: Path) -> None:
         step = Row("mlp", {"model": "mlp", "layout": "contiguous"}, record.STEP, {"eager": Outcome([1.0])})
-        made = make_record([make_row(), make_row(Case((2, 16, 8, 8), "channels_last"), 3.0), step])
+        made = make_record([make_row(), make_row(Case((2, 16, 8, 8), "channels_last"), 3.0), make_row(POOLED), step])
         paths = plots.save(made, tmp_path)
         assert [path.name.split("-")[0] for path in paths] == ["ratios", "roofline", "steps"]
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
@@ -636,7 +837,7 @@ class TestCommand:
         assert (setting.device, setting.threads) == ("cpu", torch.get_num_threads())
         assert [row.phase for row in setting.rows] == list(cases.PHASES)
         for row in setting.rows:
-            names = [c.name for c in contenders.contenders(CPU)]
+            names = [c.name for c in contenders.contenders(CPU) if not c.name.endswith("then-pool")]
             assert (list(row.outcomes), row.failures) == (names, {})
             assert {len(outcome.samples) for outcome in row.outcomes.values()} == {2}
         assert "2x16x8x8" in (tmp_path / "page.md").read_text()
@@ -648,6 +849,18 @@ class TestCommand:
         assert result.exit_code == 0, result.output
         (row,) = record.load(path).settings[0].rows
         assert set(row.outcomes) == {"eager", "fastlayers-cpp", "reference"}
+
+    def test_max_pool_by_its_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cases, "QUICK_POOLED_SHAPES", ((POOLED.shape, POOLED.variant.pool),))
+        path = tmp_path / "record.json"
+        options = ("--quick", "--no-steps", "--rounds", "1", "--only", "pool", "--backend", "cpp", "--json", path)
+        result = invoke(*options, "--contender", "fastlayers-then-pool")
+        assert result.exit_code == 0, result.output
+        assert "With max-pool, geometric means" in result.output
+        rows = record.load(path).settings[0].rows
+        layouts = [(row.about["layout"], row.about["pool"]) for row in rows if row.phase == "eval"]
+        assert layouts == [("contiguous", "5/3/2"), ("channels_last", "5/3/2")]
+        assert {*rows[0].outcomes} == {"eager", "fastlayers-cpp", "fastlayers-then-pool"}
 
     def measure(self, *options: str | Path) -> Result:
         """One case without what has to be compiled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 import cmake_call
 import fastlayers_build
 import nvcc
+import places
 import pytest
 import target_torch
 import torch
@@ -84,10 +86,133 @@ class TestTorchToBuildAgainst:
         monkeypatch.setenv("PATH", f"{build_python.parent}:{tmp_path}/active/bin:{os.environ['PATH']}")
         assert target_torch.find_torch() == expected
 
+    @pytest.mark.parametrize("called_in", [".", "src/deeper"])
+    def test_is_that_of_the_folder_that_uv_takes_without_being_told(
+        self, tmp_path: Path, called_in: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        build_python, _ = make_environment(tmp_path / "build")
+        _, site = make_environment(tmp_path / "project" / ".venv")
+        expected = make_torch(site)
+        monkeypatch.setattr(sys, "executable", str(build_python))
+        monkeypatch.setenv("PATH", f"{build_python.parent}:/usr/bin:/bin")
+        # uv starts the build in the checkout and sets VIRTUAL_ENV to the build's own environment; PWD stays.
+        monkeypatch.setenv("PWD", str(tmp_path / "project" / called_in))
+        assert target_torch.find_torch() == expected
+
+    def test_is_sought_only_where_this_user_may_look(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        broken, _ = make_environment(tmp_path / "broken")
+        broken.unlink()
+        broken.write_text("no program")
+        broken.chmod(0o755)
+        closed = tmp_path / "closed"
+        closed.mkdir(mode=0)  # as root's folders on the PATH of others
+        monkeypatch.setenv("PATH", f"{closed}/bin:{broken.parent}:{os.environ['PATH']}")
+        assert target_torch.find_torch() == TORCH
+
+    def test_is_found_in_a_folder_of_any_name_in_any_locale(self, tmp_path: Path) -> None:
+        python, site = make_environment(tmp_path / "a wäy ñ 空")
+        expected = make_torch(site)
+        program = "import sys, target_torch; sys.executable = sys.argv[1]; print(ascii(str(target_torch.find_torch())))"
+        env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT / "build_backend")}
+        status, output = run(sys.executable, "-c", program, python, env=env, cwd=tmp_path)
+        assert status == 0, output
+        # Where the locale is ASCII, the bytes of other letters are escaped.
+        assert ast.literal_eval(output) == os.fsencode(expected).decode("ascii", "surrogateescape")
+
     def test_is_asked_for_only_where_there_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert fastlayers_build._requirements() == []
         monkeypatch.setattr(fastlayers_build, "find_torch", lambda: None)
         assert fastlayers_build._requirements() == ["torch>=2.11"]
+
+
+READ_ONLY = """
+import os, sys
+os.access = lambda path, mode: False  # as in a tree that this user may only read; to root all may seem open
+import fastlayers_build
+print(getattr(fastlayers_build, sys.argv[1])(*sys.argv[2:]))
+"""
+
+HOLDS_THE_LOCK = """
+import pathlib, sys, places
+with places.alone(pathlib.Path(sys.argv[1])):
+    print("mine", flush=True)
+"""
+
+
+class TestWhereABuildWrites:
+    """What setuptools and CMake write: to the checkout, one build at a time, or elsewhere where it is read-only."""
+
+    @pytest.fixture
+    def checkout(self, tmp_path: Path) -> Path:
+        """A copy without what is compiled."""
+        left_out = shutil.ignore_patterns(".*", "build", "docs", "tests", "*.egg-info", "__pycache__", "*.so")
+        return Path(shutil.copytree(ROOT, tmp_path / "read only", ignore=left_out))
+
+    def hook(self, checkout: Path, name: str, *arguments: Path) -> tuple[int, str]:
+        env = {"PYTHONPATH": str(checkout / "build_backend"), "PYTHONDONTWRITEBYTECODE": "1"}
+        return run(sys.executable, "-c", READ_ONLY, name, *arguments, env=env, cwd=checkout)
+
+    @pytest.mark.parametrize("name", ["get_requires_for_build_wheel", "prepare_metadata_for_build_wheel"])
+    def test_nothing_goes_into_a_read_only_checkout(self, checkout: Path, name: str, tmp_path: Path) -> None:
+        arguments = [tmp_path] if name.startswith("prepare") else []
+        before = sorted(checkout.rglob("*"))
+        status, output = self.hook(checkout, name, *arguments)
+        assert status == 0, output
+        assert sorted(checkout.rglob("*")) == before
+        if arguments:
+            assert "Name: fastlayers" in next(tmp_path.glob("*.dist-info/METADATA")).read_text()
+
+    @pytest.mark.parametrize(
+        ("name", "what"), [("build_editable", "An editable install"), ("build_sdist", "A source distribution")]
+    )
+    def test_what_must_write_there_says_so(self, checkout: Path, name: str, what: str, tmp_path: Path) -> None:
+        status, output = self.hook(checkout, name, tmp_path)
+        assert status != 0
+        assert f"{what} writes to {checkout}, which is read-only for this user" in output
+        assert "Traceback" not in output
+
+    def test_temporary_folder_is_gone_afterwards(self, checkout: Path, tmp_path: Path) -> None:
+        program = (
+            "import os; os.access = lambda *_: False\nimport places; print(places.SCRATCH, places.SCRATCH.is_dir())"
+        )
+        env = {"PYTHONPATH": str(checkout / "build_backend"), "TMPDIR": str(tmp_path)}
+        status, output = run(sys.executable, "-c", program, env=env)
+        folder, _, existed = output.strip().rpartition(" ")
+        assert (status, existed, Path(folder).parent) == (0, "True", tmp_path)
+        assert not Path(folder).exists()
+
+    def test_one_folder_that_is_not_the_users_is_enough(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert places.can_be_written(tmp_path)  # what does not exist yet is no obstacle
+        (tmp_path / "fastlayers.egg-info").mkdir()  # after `sudo pip install`
+        monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith(".egg-info"))
+        assert not places.can_be_written(tmp_path)
+
+    def test_second_build_waits_for_the_first(self, tmp_path: Path) -> None:
+        command = [sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path / "build")]
+        env = os.environ | {"PYTHONPATH": str(ROOT / "build_backend")}
+        with places.alone(tmp_path / "build"):
+            with places.alone(tmp_path / "build"):  # as the hook has it, which calls CMake
+                pass
+            second = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+            assert second.stdout is not None
+            said = second.stdout.readline()
+        rest, _ = second.communicate()
+        assert said.startswith("Another build of fastlayers is running in ")  # else "mine"
+        assert (rest, second.returncode) == ("mine\n", 0)
+
+    @pytest.mark.parametrize("kind", ["build", "get_requires_for_build", "prepare_metadata_for_build"])
+    @pytest.mark.parametrize("what", ["wheel", "editable", "sdist"])
+    def test_every_hook_is_alone(self, kind: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        if (kind, what) == ("prepare_metadata_for_build", "sdist"):
+            assert not hasattr(fastlayers_build, f"{kind}_{what}")  # there is no such hook
+            return
+
+        def alone() -> None:
+            raise InterruptedError("the lock is asked for")
+
+        monkeypatch.setattr(places, "alone", alone)
+        with pytest.raises(InterruptedError, match="lock"):
+            getattr(fastlayers_build, f"{kind}_{what}")()
 
 
 class TestMessages:

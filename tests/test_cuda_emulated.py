@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import mmap
 from types import ModuleType
 from typing import Any
 
@@ -23,12 +22,16 @@ from tests.emulated import (
     Forward,
     MaskArgument,
     Wanted,
+    check,
     dtype_of,
+    far_apart,
     from_memory_order,
     in_memory_order,
     is_rows,
     make_emulated_sample,
     shape_of,
+    with_gaps,
+    with_options,
 )
 from tests.layouts import in_layout
 
@@ -36,25 +39,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [f32, f64, bf16, f16]
-
-
-@pytest.fixture
-def emulation(cuda_emulated: ModuleType, pytestconfig: pytest.Config) -> Emulation:
-    return Emulation(cuda_emulated, guarded=pytestconfig.getoption("--sanitizer") != "address")
-
-
-def check(emulation: Emulation, case: Case, mask_dtype: torch.dtype = torch.bool) -> list[Any]:
-    """Compares all results of a case; the plans of forward and backward."""
-    given = make_emulated_sample(case, mask_dtype)
-    sample = given.sample
-    results = emulated.run(emulation, given)
-    exact, eager = oracle.run(oracle.exact, sample.fresh(f64)), oracle.run(oracle.eager, sample.fresh())
-    oracle.compare(results, sample, exact, eager)
-    return emulation.plans[-2:]
-
-
-def with_options(emulation: Emulation, **options: Any) -> Emulation:
-    return dataclasses.replace(emulation, **options, plans=[])
 
 
 # Each with what it is there for.
@@ -275,11 +259,6 @@ def test_gradients_that_nobody_wants_emulated(
         torch.testing.assert_close(got, everything[name], msg=name)
 
 
-def with_gaps(t: Tensor) -> Tensor:
-    """The same values, with NaN between each two in memory."""
-    return torch.stack((t, torch.full_like(t, float("nan"))), 1)[:, 0]
-
-
 @pytest.mark.parametrize("parameter_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "gpu"), SUMMED, ids=str)
 def test_parameters_and_statistics_with_gaps_emulated(
@@ -293,15 +272,6 @@ def test_parameters_and_statistics_with_gaps_emulated(
     expected, results = emulated.run(on_gpu, given), emulated.run(on_gpu, apart)
     for name, got in results.items():
         assert torch.equal(got, expected[name]), name
-
-
-def far_apart(t: Tensor) -> Tensor:
-    """The same values, with more than 2^31 elements between samples; memory that nobody touches takes none."""
-    distance = 2**31 + 24
-    elements = (t.shape[0] - 1) * distance + t[0].numel()
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    flat = torch.frombuffer(mmap.mmap(-1, elements * t.element_size(), flags=flags), dtype=t.dtype)
-    return flat.as_strided(t.shape, (distance, *t.stride()[1:])).copy_(t)
 
 
 @pytest.mark.parametrize("options", [{}, {"residual": "contiguous", "act": "gelu", "drop_p": 0.3}], ids=str)

@@ -151,6 +151,30 @@ DROPOUT = [
 ]
 
 
+def _pool(x: Tensor, kernel_size: Any, **arguments: Any) -> Callable[[Any], object]:
+    """Torch's max-pool of `x`, or ours of the normalised `x`."""
+    torchs = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}[x.dim()]
+
+    def call(functions: Any) -> object:
+        if functions is F:
+            return torchs(x, kernel_size, **arguments)
+        pool = {"kernel_size": kernel_size} | arguments
+        return functions.batch_norm_act(x, None, None, training=True, pool=pool)
+
+    return call
+
+
+MAX_POOL = [
+    Mistake("max_pool2d of a window that is too large", _pool(_x(), 4), ("pool", "kernel_size=4", "allowed")),
+    Mistake("max_pool2d dilated too far", _pool(_x(), 2, dilation=3), ("pool", "dilation=3", "allowed")),
+    Mistake("max_pool3d of a window that is too large", _pool(_x(4, 5, 3, 3, 3), (1, 1, 4)), ("pool", "(1, 1, 4)")),
+    Mistake("max_pool1d of a window that is too large", _pool(_x(4, 5, 3), 4), ("Given input size: (5x3)",), False),
+    Mistake("max_pool2d without channels", _pool(_x(4, 0, 3, 3), 2), ("pool", "[4, 0, 3, 3]")),
+    Mistake("max_pool2d of nothing", _pool(_x(4, 5, 0, 3), 2, padding=1), ("pool", "[4, 5, 0, 3]")),
+    Mistake("max_pool1d of nothing", _pool(_x(4, 5, 0), 2, padding=1), ("pool", "[4, 5, 0]"), False),
+]
+
+
 def _error(call: Callable[[Any], object], argument: Any) -> Exception | None:
     try:
         call(argument)
@@ -171,7 +195,7 @@ def _assert_like(ours: Exception | None, theirs: Exception | None, same_text: bo
         assert str(ours).startswith(expected)
 
 
-@pytest.mark.parametrize("mistake", BATCH_NORM + DROPOUT, ids=lambda m: m.name)
+@pytest.mark.parametrize("mistake", BATCH_NORM + DROPOUT + MAX_POOL, ids=lambda m: m.name)
 def test_functions(mistake: Mistake) -> None:
     theirs, ours = _error(mistake.call, F), _error(mistake.call, fl.functional)
     _assert_like(ours, theirs, mistake.same_text)
@@ -264,6 +288,26 @@ OWN: list[tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = [
     (_layer(drop_layer=nn.AlphaDropout), ValueError, ("drop_layer", "AlphaDropout", "nn.Dropout2d")),
     (_layer(drop_layer=_OwnDropout(0.2)), ValueError, ("drop_layer", "_OwnDropout", "nn.Dropout2d")),
     (_layer(drop_layer=0.5), ValueError, ("drop_layer", "0.5", "nn.Dropout2d", "drop_p")),
+    (_act(pool=nn.MaxPool1d(2)), ValueError, ("pool", "MaxPool1d", "2")),
+    (_act(pool=nn.AvgPool2d(2)), TypeError, ("pool", "AvgPool2d", "nn.MaxPool2d")),
+    (_act(pool={"kernel_size": 2, "size": 3}), ValueError, ("pool", "unknown size", "kernel_size, stride")),
+    (
+        _act(pool={"kernel_size": 2, "stride": 1, "padding": 1, "dilation": 4}),
+        ValueError,
+        ("pool", "dilation=4", "without a single element", "(3, 3)", "allowed"),
+    ),
+    (_layer(pool=nn.MaxPool1d(2)), ValueError, ("pool", "MaxPool1d", "2")),
+    (_layer(pool=nn.MaxPool2d), TypeError, ("pool", "MaxPool2d", "nn.MaxPool2d")),
+    (_layer(pool=nn.MaxPool2d(2, return_indices=True)), ValueError, ("pool", "return_indices=True", "allowed: False")),
+    (_layer(pool=nn.MaxPool2d(2), pool_kernel_size=2), ValueError, ("pool", "MaxPool2d", "pool_kernel_size=2")),
+    (_layer(pool=nn.MaxPool2d(2), pool_padding=1), ValueError, ("pool", "pool_padding=1", "one or the other")),
+    (_layer(pool=nn.MaxPool2d(2), pool_ceil_mode=True), ValueError, ("pool", "pool_ceil_mode=True")),
+    (_layer(pool_stride=2), ValueError, ("pool_kernel_size", "pool_stride")),
+    (_layer(pool_kernel_size=0), ValueError, ("pool", "kernel_size", "at least 1", "0")),
+    (_layer(pool_kernel_size=3, pool_padding=2), ValueError, ("pad should be", "padding=(2, 2)", "(3, 3)")),
+    (_layer(pool_kernel_size=(2, 2, 2)), ValueError, ("pool", "kernel_size", "(2, 2, 2)")),
+    (lambda: fl.SyncBatchNormAct(5, pool_kernel_size=2), ValueError, ("pool", "one number per dimension", "2")),
+    (lambda: fl.BatchNormAct1d(5, pool_kernel_size=2)(_x(4, 5)), ValueError, ("pool", "MaxPool1d", "not 0")),
 ]
 
 
@@ -275,14 +319,17 @@ def test_own_arguments(call: Callable[[], object], kind: type[Exception], says: 
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("mistake", ["one value", "residual", "momentum"])
+@pytest.mark.parametrize("mistake", ["one value", "residual", "momentum", "pool"])
 def test_nothing_changes_before_an_error(mistake: str) -> None:
     """Running statistics and the count of batches are those from before the call."""
-    layer = fl.BatchNormAct2d(5, momentum=None if mistake == "momentum" else 0.1)
+    layer = fl.BatchNormAct2d(
+        5, momentum=None if mistake == "momentum" else 0.1, pool_kernel_size=4 if mistake == "pool" else None
+    )
     if mistake == "momentum":
         layer.num_batches_tracked = None
     before = {name: t.clone() for name, t in layer.state_dict().items()}
-    x, residual = (_x(1, 5, 1, 1), None) if mistake == "one value" else (_x(), _x(4, 5))
+    x = _x(1, 5, 1, 1) if mistake == "one value" else _x()
+    residual = _x(4, 5) if mistake == "residual" else None
     with pytest.raises((ValueError, RuntimeError, TypeError)):
         layer(x, residual)
     for name, t in layer.state_dict().items():

@@ -27,12 +27,12 @@ def _on_the_cpu(device: torch.device) -> Iterator[None]:
 
 
 class Network(nn.Module):
-    """Every kind of layer: BatchNorm, with activation, residual and dropout, and dropout of channels and elements."""
+    """Every kind of layer: BatchNorm, with all that is fused with it, and dropout of channels and elements."""
 
     def __init__(self, act: str = "relu", drop_p: float = 0.3) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
-        self.first = fl.BatchNormAct2d(8, act_layer=act, drop_p=drop_p)
+        self.first = fl.BatchNormAct2d(8, act_layer=act, drop_p=drop_p, pool=nn.MaxPool2d(3, 2, 1))
         self.norm = fl.BatchNorm2d(8)
         self.second = fl.BatchNormAct2d(8, act_layer=act)
         self.channels, self.elements = fl.Dropout2d(drop_p), fl.Dropout(drop_p)
@@ -64,7 +64,7 @@ def _operators(program: ExportedProgram) -> dict[str, int]:
     return {name: names.count(name) for name in names}
 
 
-PLAIN = {"conv2d": 1, "batch_norm": 3, "relu": 2, "add": 1}
+PLAIN = {"conv2d": 1, "batch_norm": 3, "relu": 2, "add": 1, "max_pool2d": 1}
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -174,6 +174,7 @@ def test_trace(training: bool) -> None:
     kinds = [node.kind() for node in traced.inlined_graph.nodes()]
     assert kinds.count("aten::batch_norm") == 3
     assert kinds.count("aten::feature_dropout") == 2 * training
+    assert kinds.count("aten::max_pool2d") == 1
     assert not [kind for kind in kinds if "PythonOp" in kind or "fastlayers" in kind]
     x = torch.randn(300, 3, 9, 9)
     results = []
@@ -216,7 +217,7 @@ def test_onnx(exporter: str, act: str, tmp_path: Path) -> None:
     kinds = [node.op_type for node in model.graph.node]
     # An exporter may fold the one that follows the convolution into it.
     assert kinds.count("BatchNormalization") in (2, 3), kinds
-    assert {kind.lower() for kind in kinds} >= {"conv", "add", act}
+    assert {kind.lower() for kind in kinds} >= {"conv", "add", "maxpool", act}
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
     reference = pytest.importorskip("onnx.reference")
     x = torch.randn(5, 3, 9, 9)

@@ -37,7 +37,11 @@ def _randomised(layer: nn.Module) -> Any:
 
 
 def _rank(layer: nn.Module) -> int:
-    return next((rank for rank in (1, 2, 3) if f"{rank}d" in type(layer).__name__), 2)
+    return _rank_of(type(layer))
+
+
+def _rank_of(cls: type[nn.Module]) -> int:
+    return next((rank for rank in (1, 2, 3) if f"{rank}d" in cls.__name__), 2)
 
 
 # --- freezing ---
@@ -164,6 +168,25 @@ def test_torchs_converter_does_not_lose_what_is_fused(cls: type[nn.Module]) -> N
         RuntimeError, match=r"lose the activation gelu and dropout .* use fastlayers\.convert_sync_batch"
     ):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+@pytest.mark.parametrize("cls", ACT)
+def test_nothing_loses_a_pool(cls: type[nn.Module]) -> None:
+    """Freezing and our converter keep it; torch's converter and folding say no."""
+    rank = _rank_of(cls)
+    pool = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}[rank](2)
+    layer: Any = cls(4, act_layer=None, pool=pool)
+    x = torch.randn(SHAPE[:2] + (6, 5, 4)[:rank])
+    expected = layer.eval()(x)
+    with pytest.raises(RuntimeError, match=r"fuse_conv_bn_eval takes .* would lose MaxPool"):
+        fuse_conv_bn_eval(nn.Conv2d(3, 4, 3).eval(), layer)
+    with pytest.raises(RuntimeError, match=r"lose MaxPool.*use fastlayers\.convert_sync_batch"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(layer)
+    converted: Any = fl.convert_sync_batchnorm(layer)
+    assert type(converted) is fl.SyncBatchNormAct
+    assert converted.pool == layer.pool
+    for kept in (converted, fl.freeze_batch_norm(layer).train(), copy.deepcopy(converted)):
+        torch.testing.assert_close(kept(x), expected, rtol=0, atol=0)
 
 
 def test_torchs_converter_does_not_thaw() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import cProfile
 import io
 import operator
 import pickle
+import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastlayers as fl
@@ -248,6 +252,166 @@ def test_what_is_left_alone(name: str) -> None:
     torch.testing.assert_close(found, original(_image(), _image(seed=1)))
 
 
+# What is pooled: the function behind the BatchNorm, and what the chain then is.
+_POOLED: dict[str, tuple[Callable[[Any, Tensor, Tensor], Any], str]] = {
+    "F.max_pool2d": (lambda m, z, y: F.max_pool2d(F.relu(z), 2), "relu → max_pool2d"),
+    "overlapping": (lambda m, z, y: F.max_pool2d(F.relu(z), (3, 2), 2, 1, ceil_mode=True), "relu → max_pool2d"),
+    "list of sizes": (lambda m, z, y: F.max_pool2d(z.sigmoid(), [3, 2], [2, 1]), "sigmoid → max_pool2d"),
+    "torch.max_pool2d": (lambda m, z, y: torch.max_pool2d(z.tanh(), 3, 2), "tanh → max_pool2d"),
+    "by position": (lambda m, z, y: torch.max_pool2d(z.relu_(), 2, 2, 1, 2, True), "relu_ → max_pool2d"),
+    "module": (lambda m, z, y: m.layers[1](m.layers[0](z)), "layers.0 → layers.1"),
+    "identity between": (lambda m, z, y: m.layers[1](m.layers[2](m.layers[0](z))), "layers.0 → layers.1"),
+    "not monotone": (lambda m, z, y: m.layers[1](F.silu(z)), "silu → layers.1"),
+    "dropout": (
+        lambda m, z, y: F.max_pool2d(F.dropout2d(F.gelu(z), 0.4, m.training), 2),
+        "gelu → dropout2d → max_pool2d",
+    ),
+    "dropout behind": (
+        lambda m, z, y: F.dropout2d(F.max_pool2d(F.gelu(z), 2), 0.4, m.training),
+        "gelu → max_pool2d → dropout2d",
+    ),
+    "dropout that drops nothing": (
+        lambda m, z, y: m.layers[1](F.dropout(z.relu(), 0.5, False)),
+        "relu → dropout → layers.1",
+    ),
+    "alone": (lambda m, z, y: F.max_pool2d(z, 2), "max_pool2d"),
+    "dropout without activation": (lambda m, z, y: m.layers[1](m.layers[3](z)), "layers.3 → layers.1"),
+    "first": (lambda m, z, y: F.leaky_relu(F.max_pool2d(z, 3, 1), 0.2), "max_pool2d → leaky_relu"),
+    "first, module": (lambda m, z, y: m.layers[0](m.layers[1](z)), "layers.1 → layers.0"),
+    "first, with dropout": (lambda m, z, y: m.layers[3](F.elu(m.layers[1](z))), "layers.1 → elu → layers.3"),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", _POOLED)
+def test_what_is_pooled(name: str, training: bool) -> None:
+    behind, chain = _POOLED[name]
+    layers = (nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Identity(), nn.Dropout2d(0.5))
+    fused, original = _twins(lambda: Chain(behind, *layers))
+    assert _chains(fused) == [f"bn → {chain}"], _reasons(fused)
+    assert fl.fusion_report(fused).fused[0].ends == ""
+    _assert_same(fused.train(training), original.train(training), _image(), _image(seed=1))
+    assert not fl.fusion_report(fused).fell_back
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool1d(3, 2, 1), lambda x: F.max_pool1d(x, 2), lambda x: torch.max_pool1d(x, 2)]
+)
+@pytest.mark.parametrize("order", ["BRDM", "BRMD", "BMRD"])
+def test_pools_of_one_dimension(pool: Any, order: str, training: bool) -> None:
+    layers = {"B": nn.BatchNorm1d(3), "R": nn.ReLU(), "D": nn.Dropout1d(0.4), "M": pool}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({k: copy.deepcopy(v) for k, v in layers.items() if isinstance(v, nn.Module)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            for letter in order:
+                x = self.layers[letter](x) if letter in self.layers else pool(x)
+            return x
+
+    fused, original = _twins(Net)
+    assert _chains(fused)[0].count("→") == 3, str(fl.fusion_report(fused))
+    _assert_same(fused.train(training), original.train(training), _image(4, 3, 9))
+    assert not fl.fusion_report(fused).fell_back
+
+
+_POOLED_BEHIND: dict[str, tuple[Callable[[Any, Tensor, Tensor], Any], str, str]] = {
+    "indices": (lambda m, z, y: F.max_pool2d(F.relu(z), 2, return_indices=True), "relu", "it returns indices"),
+    "indices, module": (lambda m, z, y: m.layers[0](F.relu(z)), "relu", "layers.0 (MaxPool2d): it returns indices"),
+    "large": (lambda m, z, y: F.max_pool2d(F.relu(z), 17, 1, 8), "relu", "have 289 elements, where up to 256"),
+    "residual": (lambda m, z, y: m.layers[1](F.relu(z + y)), "add → relu", "layers.1 (MaxPool2d): a residual is added"),
+    "elements dropped before": (
+        lambda m, z, y: m.layers[1](m.layers[2](F.relu(z))),
+        "relu → layers.2",
+        "layers.1 (MaxPool2d): single elements are dropped before it",
+    ),
+    "elements dropped behind": (
+        lambda m, z, y: m.layers[2](m.layers[1](F.relu(z))),
+        "relu → layers.1",
+        "layers.2 (Dropout): drops single elements behind",
+    ),
+    "elements dropped behind by a function": (
+        lambda m, z, y: F.dropout(m.layers[1](F.relu(z)), 0.2),
+        "relu → layers.1",
+        "dropout: drops single elements behind",
+    ),
+    "not monotone": (lambda m, z, y: m.layers[3](m.layers[1](z)), "layers.1", "layers.3 (GELU): not monotone"),
+    "not monotone, by its slope": (
+        lambda m, z, y: F.leaky_relu(m.layers[1](z), -0.1),
+        "layers.1",
+        "leaky_relu: not monotone",
+    ),
+    "hooks": (lambda m, z, y: m.layers[4](F.relu(z)), "relu", "layers.4 has hooks"),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", _POOLED_BEHIND)
+def test_chains_that_end_before_a_pool_or_what_follows_it(name: str, training: bool) -> None:
+    """What comes before is fused, and the report says why no more is."""
+    behind, chain, reason = _POOLED_BEHIND[name]
+    pools = nn.MaxPool2d(2, return_indices=True), nn.MaxPool2d(3, 2, 1)
+    hooked = nn.MaxPool2d(2)
+    hooked.register_forward_hook(lambda m, args, output: 2 * output)
+    fused, original = _twins(lambda: Chain(behind, *pools, nn.Dropout(0.4), nn.GELU(), hooked))
+    assert _chains(fused) == [f"bn → {chain}"], _reasons(fused)
+    assert reason in fl.fusion_report(fused).fused[0].ends
+    assert f"\n      ends before {fl.fusion_report(fused).fused[0].ends}" in str(fl.fusion_report(fused))
+    _assert_same(fused.train(training), original.train(training), _image(), _image(seed=1))
+    assert not fl.fusion_report(fused).fell_back
+
+
+def test_pool_of_three_dimensions_stays_behind() -> None:
+    fused, original = _twins(lambda: nn.Sequential(nn.BatchNorm3d(3), nn.ReLU(), nn.MaxPool3d(2)))
+    assert _chains(fused) == ["0 → 1"]
+    assert fl.fusion_report(fused).fused[0].ends.startswith("2 (MaxPool3d): it has 3 spatial dimensions")
+    _assert_same(fused, original, _image(2, 3, 4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("behind", "reason"),
+    [
+        (lambda m, z, y: F.max_pool3d(z, 2), "max_pool3d: it has 3 spatial dimensions"),
+        (lambda m, z, y: F.max_pool2d(z + y, 2), "max_pool2d: a residual is added before it"),
+        (lambda m, z, y: F.relu(F.dropout2d(z)), "dropout2d goes to relu, which is out of order"),
+        (lambda m, z, y: F.max_pool2d(z, 2 * y), "takes more tensors than one"),
+        (lambda m, z, y: F.max_pool2d(z, 0), "at least 1"),
+        (lambda m, z, y: F.max_pool2d(z, 2, 2, 2), "half of kernel size"),
+        (lambda m, z, y: F.adaptive_max_pool2d(z, 2), "no part of a chain"),
+    ],
+)
+def test_bare_norms_whose_pool_is_not_fused(behind: Callable[[Any, Tensor, Tensor], Any], reason: str) -> None:
+    """For which nothing is worth fusing."""
+    model = fl.fuse(Chain(behind))
+    assert not _chains(model)
+    assert reason in _reasons(model)
+
+
+def test_stems_of_known_architectures() -> None:
+    """In one module, and begun in one that its parent goes on from with a function."""
+    chains = {name: _chains(fl.fuse(MODELS[name].build())) for name in ("resnet_basic", "vgg", "densenet", "googlenet")}
+    assert chains["resnet_basic"][0] == "1 → 2 → 3"
+    assert chains["vgg"][:3] == ["1 → 2 → 3", "5 → 6 → 7", "9 → 10 → 11"]
+    assert chains["densenet"][0] == "1 → 2 → 3"
+    assert chains["googlenet"][0] == "stem.bn → relu → max_pool2d"
+
+
+def test_a_pool_whose_input_is_used_elsewhere_stays() -> None:
+    """As in a U-Net, whose way up takes it too."""
+    report = str(fl.fusion_report(fl.fuse(MODELS["unet"].build())))
+    assert "max_pool2d" not in report
+
+
+def test_pooled_functions_are_pickled() -> None:
+    fused, original = _twins(MODELS["googlenet"].build)
+    copied = pickle.loads(pickle.dumps(fused))
+    assert _chains(copied) == _chains(fused)
+    _assert_same(copied, original, _image())
+
+
 @pytest.mark.parametrize("order", ["left", "right", "in place"])
 def test_two_batch_norms_added(order: str) -> None:
     """One is the residual of the other's chain."""
@@ -398,6 +562,28 @@ class OwnGradient(Odd):
         return self.finish(result)
 
 
+class Swallowing(Odd):
+    """As code that tries the fast way first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            with contextlib.suppress(Exception):
+                return self.finish(_Square.apply(x))
+        return x
+
+
+class ByC(Odd):
+    """In C++, torch.as_tensor asks whether it is given a tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(torch.as_tensor(x))
+
+
+class ByConstructor(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(torch.Tensor(x))
+
+
 class TypeOfResult(Odd):
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
@@ -418,6 +604,9 @@ class TypeOfResult(Odd):
         (Constant, "on tensors that do not depend"),
         (Checkpointing, "checkpointing"),
         (OwnGradient, "autograd.Function"),
+        (Swallowing, "autograd.Function"),
+        (ByC, "cannot be traced"),  # torch's own reason
+        (ByConstructor, "to C, which asks for its type"),
         (TypeOfResult, "asks for the type"),
     ],
 )
@@ -561,6 +750,130 @@ def test_changes_after_fusion_are_honoured(change: Callable[[Any], Any], reason:
     assert len(fallbacks) == (reason != ""), fallbacks
     assert all(reason in text for text in fallbacks)
     assert any(issubclass(w.category, fl.FusionWarning) for w in caught) == (reason != "")
+
+
+class _Calls:
+    """The activations, probabilities and pools of all fused calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[str, float, bool]] = []
+        whole = fl.modules.batch_norm.fused_batch_norm
+
+        def counted(norm: Any, x: Tensor, residual: Any, act: Any, p: float, *rest: Any, **kwargs: Any) -> Tensor:
+            self.seen.append((act.name, p, kwargs["pool"] is not None))
+            return whole(norm, x, residual, act, p, *rest, **kwargs)
+
+        monkeypatch.setattr(fl.fusion.chain, "fused_batch_norm", counted)
+
+
+def _hook(index: int) -> Callable[[Any], None]:
+    return lambda model: model[index].register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def _pooled_net(order: str) -> nn.Module:
+    layers = {"R": nn.ReLU(), "D": nn.Dropout2d(0.5), "M": nn.MaxPool2d(3, 2, 1)}
+    return nn.Sequential(nn.BatchNorm2d(3), *(layers[letter] for letter in order))
+
+
+_WHOLE = ("relu", 0.5, True)
+
+
+@pytest.mark.parametrize(
+    ("order", "change", "reason", "call"),
+    [
+        ("RDM", _set(3, kernel_size=2, stride=1, padding=0), "", _WHOLE),
+        ("RDM", _set(3, kernel_size=[2, 3], ceil_mode=True, dilation=2), "", _WHOLE),
+        ("RDM", _replace(3, nn.MaxPool2d(4)), "", _WHOLE),
+        ("RDM", _replace(1, nn.GELU()), "", ("gelu", 0.5, True)),
+        ("RDM", lambda model: model[2].eval(), "", ("relu", 0.0, True)),
+        ("RMD", _set(3, p=0.0), "", ("relu", 0.0, True)),
+        ("MRD", _replace(2, nn.Sigmoid()), "", ("sigmoid", 0.5, True)),
+        # What comes before the one that changed is still one call.
+        ("RDM", _set(3, return_indices=True), "3: it returns indices", ("relu", 0.5, False)),
+        ("RDM", _set(3, kernel_size=17, padding=8), "3: its windows have 289 elements", ("relu", 0.5, False)),
+        ("RDM", _replace(3, nn.AvgPool2d(2)), "3 is now a AvgPool2d", ("relu", 0.5, False)),
+        ("RDM", _replace(2, nn.Dropout(0.5)), "3: single elements are dropped before it", ("relu", 0.5, False)),
+        ("RDM", _hook(3), "3 has hooks", ("relu", 0.5, False)),
+        ("RDM", _hook(2), "2 has hooks", ("relu", 0.0, False)),
+        ("RMD", _replace(3, nn.Dropout(0.5)), "3 drops single elements behind", ("relu", 0.0, True)),
+        ("MRD", _replace(2, nn.Mish()), "2 is not monotone, and behind a max-pool", ("identity", 0.0, True)),
+        ("MRD", _set(2, forward=torch.tanh), "2 has hooks or a forward of its own", ("identity", 0.0, True)),
+        # Of a bare BatchNorm no fused call is made.
+        ("RDM", _replace(1, nn.PReLU()), "1 is now a PReLU", None),
+        ("MRD", _replace(1, nn.AvgPool2d(2)), "1 is now a AvgPool2d", None),
+    ],
+)
+def test_changes_of_pooled_chains_are_honoured(
+    order: str,
+    change: Callable[[Any], Any],
+    reason: str,
+    call: tuple[str, float, bool] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fused, original = _twins(lambda: _pooled_net(order))
+    assert _chains(fused) == ["0 → 1 → 2 → 3"]
+    for model in (fused, original):
+        change(model)
+    calls = _Calls(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if reason else "error", fl.FusionWarning)
+        _assert_same(fused, original, _image())
+    assert calls.seen == ([] if call is None else [call, call])
+    fallbacks = [text for chain in fl.fusion_report(fused).fell_back for text in chain.fallbacks]
+    assert len(fallbacks) == (reason != ""), fallbacks
+    assert all(reason in text for text in fallbacks)
+
+
+class _Operators(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__.partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("order", ["RDM", "RMD", "MRD", "M"])
+def test_a_pooled_chain_is_one_operator_each_way(order: str) -> None:
+    fused, _ = _twins(lambda: _pooled_net(order))
+    x = _image().requires_grad_()
+    with _Operators() as operators:
+        fused(x).sum().backward()
+    assert [name for name in operators.names if "batch_norm" in name] == [
+        "batch_norm_act_pool_fwd",
+        "batch_norm_act_pool_bwd",
+    ]
+    assert not [name for name in operators.names if "max_pool" in name or "relu" in name or "dropout" in name]
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [
+        # Which torch takes for one image, or one row, without a batch.
+        (lambda: nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.MaxPool1d(2)), (4, 3)),
+        (lambda: nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.MaxPool2d(2)), (4, 3, 6)),
+    ],
+)
+def test_pools_that_are_not_of_planes(net: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    fused, original = _twins(net)
+    assert _chains(fused) == ["0 → 1 → 2"]
+    with pytest.warns(fl.FusionWarning, match="2 does not pool planes of a tensor with"):
+        _assert_same(fused, original, _image(*shape))
+
+
+def test_random_slopes_behind_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are drawn for what is left; in evaluation all is one call."""
+    fused, original = _twins(lambda: nn.Sequential(nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.RReLU()))
+    calls = _Calls(monkeypatch)
+    _assert_same(fused.eval(), original.eval(), _image())
+    assert calls.seen == 2 * [("rrelu", 0.0, True)]
+    calls.seen.clear()
+    with pytest.warns(fl.FusionWarning, match="2 draws random slopes in training"):
+        _assert_same(fused.train(), original.train(), _image())
+    assert calls.seen == 2 * [("identity", 0.0, True)]
 
 
 def test_hooks_from_before_fire() -> None:
@@ -708,7 +1021,8 @@ class FrozenBatchNorm2d(nn.Module):
         (FrozenBatchNorm2d(), "FrozenBatchNorm2d is not a BatchNorm"),
         (parametrizations.weight_norm(nn.BatchNorm2d(3)), "Parametrized"),
         (parametrizations.spectral_norm(nn.Linear(3, 3)), ""),
-        (fl.BatchNormAct2d(3), "has an activation or dropout of its own"),
+        (fl.BatchNormAct2d(3), "has an activation, dropout or max-pool of its own"),
+        (fl.BatchNormAct2d(3, apply_act=False, pool=nn.MaxPool2d(2)), "dropout or max-pool of its own"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -808,9 +1122,9 @@ def test_copies(how: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_graph_breaks(training: bool) -> None:
     torch._dynamo.reset()
-    layers = [ConvNormAct(3, 4, act=partial(nn.LeakyReLU, 0.1)), BasicBlock(4, 6), nn.Dropout2d(0.0)]
-    model = fl.fuse(nn.Sequential(*layers).double()).train(training)
-    assert len(_chains(model)) == 3
+    stem = [ConvNormAct(3, 4, act=partial(nn.LeakyReLU, 0.1)), nn.MaxPool2d((2, 3), ceil_mode=True)]
+    model = fl.fuse(nn.Sequential(*stem, BasicBlock(4, 6), nn.Dropout2d(0.0)).double()).train(training)
+    assert [chain.count("→") for chain in _chains(model)] == [2, 1, 3]
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(_step(compiled, _image()), _step(model, _image()), rtol=1e-6, atol=1e-7)
     torch._dynamo.reset()
@@ -948,17 +1262,23 @@ def test_functional_call_and_data_parallel_replicas() -> None:
 
 def test_torchvision() -> None:
     models = pytest.importorskip("torchvision.models")
-    for name, chains in {"resnet18": 17, "densenet121": 121, "mobilenet_v3_small": 23}.items():
+    for name, chains, first in (
+        ("resnet18", 17, "bn1 → relu → maxpool"),
+        ("densenet121", 121, "features.norm0 → features.relu0 → features.pool0"),
+        ("mobilenet_v3_small", 23, "1 → 2"),
+    ):
         fused, original = _twins(partial(models.get_model, name))
         assert len(_chains(fused)) == chains
+        assert _chains(fused)[0] == first
         _assert_same(fused, original, _image(4, 3, 64, 64), rtol=1e-5, atol=1e-5)
 
 
 def test_timm() -> None:
     timm = pytest.importorskip("timm")
-    for name, chains in {"resnet18": 17, "mobilenetv2_050": 35}.items():
+    for name, chains, first in (("resnet18", 17, "bn1 → act1 → maxpool"), ("mobilenetv2_050", 35, "")):
         fused, original = _twins(partial(timm.create_model, name))
         assert len(_chains(fused)) == chains
+        assert _chains(fused)[0].startswith(first)
         _assert_same(fused, original, _image(4, 3, 64, 64), rtol=1e-5, atol=1e-5)
 
 
@@ -1024,7 +1344,7 @@ def test_example_inputs_tell_what_will_run_unfused() -> None:
 
 
 def test_example_inputs_find_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fl.fusion.chain, "fused_batch_norm", lambda norm, x, *_, drops: x)
+    monkeypatch.setattr(fl.fusion.chain, "fused_batch_norm", lambda norm, x, *_, drops, pool: x)
     model = Residual()
     with pytest.raises(RuntimeError, match="output 0 of the fused model is not the original's: they differ by"):
         fl.fuse(model, (torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)))
@@ -1032,12 +1352,29 @@ def test_example_inputs_find_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> 
     assert not fl.fusion_report(model).fused
 
 
-@pytest.mark.parametrize(("name", "chains"), [("simp_res9", 9), ("cnn_b", 2), ("mlp_a", 1), ("vgg_a", 8), ("lenet", 0)])
-def test_plain_networks_of_this_library(name: str, chains: int) -> None:
-    """Their forwards are looked into, though they are fastlayers'."""
-    model = fl.fuse(fl.models.build(name, layers="torch"))
-    assert len(fl.fusion_report(model).fused) == chains
-    twin = fl.models.build(name)
+@pytest.mark.parametrize(
+    ("name", "chains", "options"),
+    [
+        ("simp_res9", {"norm → act": 5, "norm → add → 0": 4}, {}),
+        ("cnn_b", {"norm → act → pool": 2}, {}),
+        *(
+            ("cnn_b", {chain: 2}, {"order": order, "drop_p": 0.3})
+            for order, chain in {
+                "CBRDM": "norm → act → drop → pool",
+                "CBRMD": "norm → act → pool → drop",
+                "CBMRD": "norm → pool → act → drop",
+            }.items()
+        ),
+        ("mlp_a", {"norm → act → drop": 1}, {}),
+        ("vgg_a", {"norm → act": 3, "norm → act → pool": 5}, {}),
+        ("lenet", {}, {}),
+    ],
+)
+def test_plain_networks_of_this_library(name: str, chains: dict[str, int], options: dict[str, Any]) -> None:
+    """Their forwards are looked into, though they are fastlayers', and the same is fused as in their twins."""
+    model = fl.fuse(fl.models.build(name, layers="torch", **options))
+    assert Counter(re.sub(r"[\w.]*\.", "", chain) for chain in _chains(model)) == chains
+    twin = fl.models.build(name, **options)
     twin.load_state_dict(model.state_dict())
     images = torch.randn(4, 3, 32, 32)
     torch.manual_seed(3)
@@ -1049,7 +1386,7 @@ def test_plain_networks_of_this_library(name: str, chains: int) -> None:
 def test_synchronised_after_fusing_or_before() -> None:
     """Without processes; with some it is the layers' business, tests/test_sync_batch_norm.py."""
     x = torch.randn(4, 3, 5, 5)
-    expected = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+    expected = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2))
     before, after = copy.deepcopy(expected), copy.deepcopy(expected)
     fl.fuse(fl.convert_sync_batchnorm(before))
     fl.convert_sync_batchnorm(fl.fuse(after))
@@ -1087,15 +1424,18 @@ def test_only_modules_are_taken(function: Callable[[Any], Any]) -> None:
 
 
 def test_report_reads_well() -> None:
-    model = fl.fuse(nn.Sequential(BasicBlock(3, 6), nn.BatchNorm2d(6)))
+    pooled = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2))
+    model = fl.fuse(nn.Sequential(BasicBlock(3, 6), nn.MaxPool2d(2), pooled, nn.BatchNorm2d(6)))
     assert str(fl.fusion_report(model)).splitlines() == [
-        "2 chains are fused, 2 BatchNorms are not.",
+        "3 chains are fused, 2 BatchNorms are not.",
         "",
         "Fused:",
         "  0: bn1 → relu",
         "  0: bn2 → add → relu",
+        "      ends before Sequential's 1 (MaxPool2d): a residual is added before it",
+        "  2: 0 → 1 → 2",
         "",
         "Not fused:",
         "  0.downsample.1: it is added in place to another tensor, which may be used elsewhere, by iadd",
-        "  1: its output is returned by the forward",
+        "  3: its output is returned by the forward",
     ]

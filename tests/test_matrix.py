@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import ACTIVATIONS, Case, case_of, pairwise
+from tests.cases import ACTIVATIONS, POOLS, Case, case_of, pairwise
 from tests.layouts import LAYOUTS
 from tests.oracle import check
 
@@ -53,7 +53,7 @@ _OPTIONS: dict[str, list[Any]] = {
 
 
 def _cases(**factors: list[Any]) -> list[Case]:
-    return [case_of(row) for row in pairwise(factors | _OPTIONS)]
+    return [case_of(row) for row in pairwise(factors | _OPTIONS | factors)]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,71 @@ def test_channels_that_are_split(case: Case, device: torch.device, capability: s
     check(case, device)
 
 
+# Spatial sizes that every pool but the largest takes.
+POOLED_SHAPES = [
+    (6, 1, 9),  # one channel
+    (3, 100, 17),
+    (4, 3, 9, 7),  # odd planes
+    (8, 64, 8, 8),  # several samples in a block
+    (9, 21, 11, 13),
+    (3, 7, 12, 8),  # narrow rows
+    (2, 300, 5, 6),  # several blocks of channels
+    (7, 2, 5, 40),
+]
+# What is fused; the rest is for test_modules.py.
+_POOLED: dict[str, list[Any]] = {"dropout": [(0.0, "channel"), (0.3, "channel"), (1.0, "channel")]}
+_SMALL_POOLS = [name for name in POOLS if name not in ("16/16", "all")]
+
+
+@pytest.mark.parametrize(
+    "case",
+    _cases(
+        shape=POOLED_SHAPES,
+        act=list(ACTIVATIONS),
+        pool=_SMALL_POOLS,
+        dtypes=_DTYPES,
+        layout=list(LAYOUTS),
+        grad_layout=list(LAYOUTS),
+        **_POOLED,
+    ),
+    ids=str,
+)
+def test_max_pool(case: Case, device: torch.device, capability: str) -> None:
+    check(case, device)
+
+
+@pytest.mark.parametrize(
+    "case",
+    _cases(
+        shape=[(1, 2, 33001), (2, 3, 129, 131), (100, 20, 9, 7), (9, 3, 64, 130), (5, 70, 33, 34)],
+        act=["identity", "relu", "gelu"],
+        pool=["2/2", "5/3/2", "3/2/1 dilated ceil"],
+        dtypes=_DTYPES,
+        layout=["contiguous", "channels_last", "channels_first", "some_channels_last"],
+        grad_layout=["contiguous", "channels_last"],
+        **_POOLED,
+    ),
+    ids=str,
+)
+def test_max_pool_of_channels_that_are_split(case: Case, device: torch.device, capability: str) -> None:
+    check(case, device)
+
+
+_FORMATS = ["contiguous", "channels_last"]
+_LARGE_WINDOWS = {"act": ["relu", "gelu"], "layout": _FORMATS} | _POOLED
+
+
+@pytest.mark.parametrize(
+    "case",
+    _cases(shape=[(4, 5, 9, 7), (3, 40, 9, 7)], pool=["all"], **_LARGE_WINDOWS)
+    + _cases(shape=[(2, 5, 40, 33), (3, 20, 16, 16)], pool=["16/16"], **_LARGE_WINDOWS),
+    ids=str,
+)
+def test_large_windows(case: Case, device: torch.device, capability: str) -> None:
+    """The whole input, of which one element is left; and as many positions as there can be."""
+    check(case, device)
+
+
 @pytest.mark.parametrize(
     "case",
     _cases(
@@ -102,4 +167,21 @@ def test_channels_that_are_split(case: Case, device: torch.device, capability: s
 )
 @pytest.mark.usefixtures("results_written_past_the_caches")
 def test_results_beyond_the_caches(case: Case, device: torch.device, capability: str) -> None:
+    check(case, device)
+
+
+@pytest.mark.parametrize(
+    "case",
+    _cases(
+        shape=[(3, 32, 16, 16), (9, 20, 7, 7), (2, 3, 129, 131)],
+        act=["relu", "gelu"],
+        pool=["2/2", "5/3/2"],
+        dtypes=_DTYPES,
+        layout=["contiguous", "channels_last", "some_channels"],
+        **_POOLED,
+    ),
+    ids=str,
+)
+@pytest.mark.usefixtures("results_written_past_the_caches")
+def test_max_pool_beyond_the_caches(case: Case, device: torch.device, capability: str) -> None:
     check(case, device)

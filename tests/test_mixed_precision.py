@@ -26,17 +26,18 @@ def _backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[N
         yield
 
 
-def _network(ours: bool, drop_p: float = 0.0) -> nn.Module:
-    """Convolution, BatchNorm, ReLU, dropout, twice, and a head; with equal parameters for both."""
+def _network(ours: bool, drop_p: float = 0.0, pooled: bool = False) -> nn.Module:
+    """Convolution, BatchNorm, ReLU, dropout and max-pool, twice, and a head; with equal parameters for both."""
     torch.manual_seed(SEED)
     layers: list[nn.Module] = []
+    pool = nn.MaxPool2d(2, 1) if pooled else None
     for channels in (3, 16):
         layers.append(nn.Conv2d(channels, 16, 3, bias=False))
         if ours:
-            layers.append(fl.BatchNormAct2d(16, drop_p=drop_p))
+            layers.append(fl.BatchNormAct2d(16, drop_p=drop_p, pool=pool))
         else:
-            layers += [nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout2d(drop_p)]
-    return nn.Sequential(*layers, nn.Conv2d(16, 10, 8), nn.Flatten())
+            layers += [nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout2d(drop_p), pool or nn.Identity()]
+    return nn.Sequential(*layers, nn.Conv2d(16, 10, 6 if pooled else 8), nn.Flatten())
 
 
 def _in_format(network: nn.Module, memory_format: torch.memory_format) -> nn.Module:
@@ -55,11 +56,14 @@ def _images(memory_format: torch.memory_format, dtype: torch.dtype = torch.float
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_autocast_trains_as_torchs_layers_do(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+@pytest.mark.parametrize("pooled", [False, True])
+def test_autocast_trains_as_torchs_layers_do(
+    pooled: bool, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
     """With GradScaler, and an overflow on the way that it has to notice: the same losses and scales."""
     results = []
     for ours in (True, False):
-        network = _in_format(_network(ours, drop_p=0.3), memory_format)
+        network = _in_format(_network(ours, drop_p=0.3, pooled=pooled), memory_format)
         optimiser = torch.optim.SGD(network.parameters(), 0.05)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
         x, labels = _images(memory_format), torch.arange(8)
@@ -165,52 +169,58 @@ def _step(network: nn.Module, x: Tensor, dtype: torch.dtype | None) -> Callable[
     return step
 
 
-@pytest.mark.parametrize("drop_p", [0.0, 0.5])
+@pytest.mark.parametrize(("drop_p", "pooled"), [(0.0, False), (0.5, False), (0.5, True)])
 @pytest.mark.parametrize("dtype", [None, *SIXTEEN_BITS])
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_no_silent_copies(memory_format: torch.memory_format, dtype: torch.dtype | None, drop_p: float) -> None:
+def test_no_silent_copies(
+    memory_format: torch.memory_format, dtype: torch.dtype | None, drop_p: float, pooled: bool
+) -> None:
     """A step of a whole model copies full-size tensors at most as often as with torch's layers, by the profiler."""
     # Beyond what goes to torch's kernels; the smallest full-size tensor has 16 channels of 8 x 8.
     batch = 160
     x, counts = _images(memory_format, batch=batch), []
     for ours in (True, False):
-        network = _in_format(_network(ours, drop_p), memory_format)
+        network = _in_format(_network(ours, drop_p, pooled), memory_format)
         step = _step(network, x, dtype)
         step()
-        counts.append(_copies(step, batch * 16 * 8 * 8))
+        counts.append(_copies(step, batch * 16 * (6 if pooled else 8) ** 2))
     assert all(counts[0][name] <= counts[1][name] for name in COPIES), counts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS])
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("residual", [False, True])
-def test_a_layer_copies_nothing(memory_format: torch.memory_format, dtype: torch.dtype, residual: bool) -> None:
+@pytest.mark.parametrize("more", ["", "residual", "pool"])
+def test_a_layer_copies_nothing(memory_format: torch.memory_format, dtype: torch.dtype, more: str) -> None:
     """Forward and backward of one layer; parameters in float32, output and gradient in the layout of the input."""
-    layer = fl.BatchNormAct2d(16, drop_p=0.5)
+    layer = fl.BatchNormAct2d(16, drop_p=0.5, pool=nn.MaxPool2d(3, 2, 1) if more == "pool" else None)
     x, other = (
         torch.randn(160, 16, 8, 8).to(dtype=dtype, memory_format=memory_format).requires_grad_() for _ in range(2)
     )
-    grad_output = torch.randn_like(x.detach())
+    grad_output = torch.randn_like(layer(x.detach()))
     for gradient_wanted in (True, False):
         x.requires_grad_(gradient_wanted)
 
         def step() -> None:
-            output = layer(x, other if residual else None)
+            output = layer(x, other if more == "residual" else None)
             assert output.dtype == dtype
             assert output.is_contiguous(memory_format=memory_format)
             torch.autograd.backward(output, grad_output)
 
         step()
         x.grad = other.grad = None  # else they are added up
-        assert not _copies(step, x.numel())
+        assert not _copies(step, grad_output.numel())
 
 
+@pytest.mark.parametrize("pool", [None, nn.MaxPool2d(2)], ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_a_gradient_in_another_layout_is_copied_once(memory_format: torch.memory_format) -> None:
+def test_a_gradient_in_another_layout_is_copied_once(
+    memory_format: torch.memory_format, pool: nn.MaxPool2d | None
+) -> None:
     """Such as that of `nn.Flatten` on channels_last: the one copy there is, which the profiler shows."""
     x = torch.randn(160, 16, 8, 8).contiguous(memory_format=memory_format).requires_grad_()
-    layer = fl.BatchNormAct2d(16)
+    layer = fl.BatchNormAct2d(16, pool=pool)
     (other,) = (each for each in FORMATS if each != memory_format)
-    output, grad_output = layer(x), torch.randn(160, 16, 8, 8).contiguous(memory_format=other)
-    copied = _copies(lambda: torch.autograd.grad(output, x, grad_output), x.numel())
+    output = layer(x)
+    grad_output = torch.randn(output.shape).contiguous(memory_format=other)
+    copied = _copies(lambda: torch.autograd.grad(output, x, grad_output), grad_output.numel())
     assert copied == {"aten::copy_": 1}

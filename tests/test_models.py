@@ -25,7 +25,10 @@ from fastlayers.models.layers import KITS
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BATCH = 6
-ORDERS = ["CBRDM", "CBRMD", "DCBRM", "CRDBM", "CBRM", "CRDM", "CBM", "CBDRM", "CM", "MBRDC", "CDBRM", "C"]
+ORDERS = [
+    *("CBRDM", "CBRMD", "CBMRD", "CBMDR", "DCBRM", "CRDBM", "CBRM", "CBMR", "CRDM", "CBM", "CBDM", "CBMD", "CBDRM"),
+    *("CM", "MBRDC", "CDBRM", "C"),
+]
 SMALL_CNN: dict[str, Any] = {"channels": (8, 12), "image_size": 11}
 SMALL_RES: dict[str, Any] = {"widths": (8, 12, 16, 24)}
 
@@ -42,8 +45,17 @@ CASES: dict[str, Case] = {
     **{f"cnn-{order}": ("cnn_a", SMALL_CNN | {"order": order}, (3, 11, 11)) for order in ORDERS},
     # Twice this is not the same as once.
     "cnn-CBDRM-gelu": ("cnn_a", SMALL_CNN | {"order": "CBDRM", "act": "gelu"}, (3, 11, 11)),
+    # Nor does max-pool commute with it, nor with random slopes.
+    **{
+        f"cnn-{order}-{act}": ("cnn_a", SMALL_CNN | {"order": order, "act": act}, (3, 11, 11))
+        for order in ("CBRMD", "CBMRD")
+        for act in ("gelu", "rrelu")
+    },
     "cnn-element": ("cnn_a", SMALL_CNN | {"drop_mode": "element"}, (3, 11, 11)),
-    "cnn-element-alone": ("cnn_a", SMALL_CNN | {"drop_mode": "element", "order": "CBRMD"}, (3, 11, 11)),
+    **{
+        f"cnn-element-{order}": ("cnn_a", SMALL_CNN | {"drop_mode": "element", "order": order}, (3, 11, 11))
+        for order in ("CBRMD", "CBMRD", "CBMD")
+    },
     "cnn-oblong": ("cnn_a", SMALL_CNN | {"image_size": (11, 17), "in_channels": 1}, (1, 11, 17)),
     "cnn-a7": ("cnn_a7", SMALL_CNN, (3, 11, 11)),
     "cnn-b": ("cnn_b", {"channels": (8, 12), "image_size": 16, "drop_p": 0.3}, (3, 16, 16)),
@@ -178,29 +190,79 @@ def test_compiles_as_one_graph(name: str, layers: str) -> None:
     torch.testing.assert_close(compiled(input), model(input))
 
 
-@pytest.mark.parametrize(
-    ("order", "kinds"),
-    [
-        ("CBRDM", ["Conv2d", "BatchNormAct2d", "MaxPool2d"]),
-        ("CBRMD", ["Conv2d", "BatchNormAct2d", "MaxPool2d", "Dropout2d"]),
-        ("DCBRM", ["Dropout2d", "Conv2d", "BatchNormAct2d", "MaxPool2d"]),
-        ("CRDBM", ["Conv2d", "ReLU", "Dropout2d", "BatchNorm2d", "MaxPool2d"]),
-        ("CBDRM", ["Conv2d", "BatchNormAct2d", "ReLU", "MaxPool2d"]),
-        ("CRDM", ["Conv2d", "ReLU", "Dropout2d", "MaxPool2d"]),
-        ("BRCDM", ["BatchNormAct2d", "Conv2d", "Dropout2d", "MaxPool2d"]),
-    ],
-)
-def test_what_is_fused(order: str, kinds: list[str]) -> None:
-    block = models.CNN(order, **SMALL_CNN).features[1]
-    assert [type(layer).__name__ for layer in block.children()] == kinds
-    plain = models.CNN(order, **SMALL_CNN, layers="torch").features[1]
-    letters = {"conv": "C", "norm": "B", "act": "R", "drop": "D", "pool": "M"}
-    assert "".join(letters[name] for name, _ in plain.named_children()) == order
+# Of an order, an activation and a mode of dropping, the letters of each layer, those of a fused one as it does them.
+FUSED = [
+    ("CBRDM", "relu", "channel", "C BRDM"),
+    ("CBRMD", "relu", "channel", "C BRDM"),
+    ("CBMRD", "relu", "channel", "C BRDM"),
+    ("CBMDR", "relu", "channel", "C BDM R"),
+    ("CBRM", "relu", "channel", "C BRM"),
+    ("CBMR", "relu", "channel", "C BRM"),
+    ("CBM", "relu", "channel", "C BM"),
+    ("CBDM", "relu", "channel", "C BDM"),
+    ("CBMD", "relu", "channel", "C BDM"),
+    ("DCBRM", "relu", "channel", "D C BRM"),
+    ("CRDBM", "relu", "channel", "C R D BM"),
+    ("CBDRM", "relu", "channel", "C BD R M"),
+    ("CRDM", "relu", "channel", "C R D M"),
+    ("BRCDM", "relu", "channel", "BR C D M"),
+    # Max-pool commutes with what nowhere falls and draws nothing, and with dropout of channels.
+    ("CBRMD", "gelu", "channel", "C BRDM"),
+    ("CBMRD", "gelu", "channel", "C BM R D"),
+    ("CBMRD", "rrelu", "channel", "C BM R D"),
+    ("CBRDM", "relu", "element", "C BRD M"),
+    ("CBRMD", "relu", "element", "C BRM D"),
+    ("CBMRD", "relu", "element", "C BRM D"),
+    ("CBMRD", "gelu", "element", "C BM R D"),
+]
+LETTERS = {"conv": "C", "norm": "B", "act": "R", "drop": "D", "pool": "M"}
+
+
+def letters(name: str, layer: nn.Module) -> str:
+    if not isinstance(layer, fl.BatchNormAct2d):
+        return LETTERS[name]
+    does = {"R": layer.act.name != "identity", "D": layer.drop_p == 0.4, "M": layer.pool is not None}
+    return LETTERS[name] + "".join(letter for letter, done in does.items() if done)
+
+
+@pytest.mark.parametrize(("order", "act", "drop_mode", "layers"), FUSED)
+def test_what_is_fused(order: str, act: str, drop_mode: Any, layers: str) -> None:
+    fused, plain = (
+        models.CNN(order, **SMALL_CNN, act=act, drop_mode=drop_mode, layers=kit).features[1]
+        for kit in (models.fused_layers, models.torch_layers)
+    )
+    assert [letters(*named) for named in fused.named_children()] == layers.split()
+    assert [letters(*named) for named in plain.named_children()] == list(order)
+
+
+@pytest.mark.parametrize("layers", KITS)
+def test_pools_are_those_asked_for(layers: Any) -> None:
+    model = models.CNN(**SMALL_CNN, pool=(3, 2), pool_stride=(2, 1), pool_padding=(1, 0), layers=layers)
+    layer = fl.BatchNormAct2d if layers == "fastlayers" else nn.MaxPool2d
+    pools: list[Any] = [getattr(module, "pool", module) for module in modules(model, layer)]
+    expected = nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, 1, 0)
+    assert [fl.pooling.resolve(pool, 2) for pool in pools] == [fl.pooling.resolve(pool, 2) for pool in expected]
+
+
+@pytest.mark.parametrize("order", ["CBRDM", "CBRMD", "CBMRD"])
+@pytest.mark.parametrize("layers", KITS)
+def test_state_is_as_before_pools_were_fused(order: str, layers: Any) -> None:
+    norm = [f"norm.{key}" for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+    expected = [f"features.{block}.{key}" for block in (0, 1) for key in ("conv.weight", *norm)]
+    assert list(models.CNN(order, **SMALL_CNN, layers=layers).state_dict()) == [*expected, "head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize(("name", "fused"), [("cnn_a", 2), ("cnn_a7", 2), ("cnn_b", 2), ("cnn_b14", 2), ("vgg_a", 5)])
+def test_networks_of_the_studies_pool_in_the_fused_layer(name: str, fused: int) -> None:
+    with torch.device("meta"):
+        model = models.build(name)
+    assert len([layer for layer in modules(model, fl.BatchNormAct2d) if layer.pool is not None]) == fused
+    assert not modules(model, nn.MaxPool2d)
 
 
 def test_dropout_of_nothing_is_left_out_and_the_rest_fused() -> None:
     block = models.CNN("CBDRM", **SMALL_CNN, drop_p=0).features[0]
-    assert [type(layer).__name__ for layer in block.children()] == ["Conv2d", "BatchNormAct2d", "MaxPool2d"]
+    assert [letters(*named) for named in block.named_children()] == ["C", "BRM"]
     for layers in ("fastlayers", "torch"):
         assert not modules(models.build("mlp_a", drop_p=0, layers=layers), nn.modules.dropout._DropoutNd)
 
@@ -288,7 +350,7 @@ def test_dropouts(name: str, arguments: dict[str, Any], dropouts: list[str]) -> 
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_vgg_a_is_that_of_its_table(norm: Any) -> None:
-    model = models.VGGA(norm)
+    model = models.VGGA(norm, layers="torch")
     layers = modules(model.features, nn.Conv2d, nn.MaxPool2d)
     found = [str(layer.out_channels) if isinstance(layer, nn.Conv2d) else "M" for layer in layers]
     assert " ".join(found) == "64 M 128 M 256 256 M 512 512 M 512 512 M"

@@ -241,6 +241,8 @@ def _through_torch_save(layer: nn.Module) -> nn.Module:
         fl.BatchNormAct2d(4, act_layer="gelu", act_kwargs={"approximate": "tanh"}, drop_layer=nn.Dropout),
         fl.BatchNormAct2d(4, act_layer="rrelu"),
         fl.BatchNormAct3d(4, apply_act=False),
+        fl.BatchNormAct1d(4, pool=nn.MaxPool1d(2, 1)),
+        fl.BatchNormAct2d(4, pool=nn.MaxPool2d((3, 2), 1, (1, 0), ceil_mode=True), drop_p=0.4),
     ],
     ids=str,
 )
@@ -352,6 +354,113 @@ def test_residual_by_position_and_name() -> None:
     torch.testing.assert_close(layer(x, residual=residual), expected)
 
 
+POOLS_1D, POOLS_2D, POOLS_3D = (
+    {
+        f"{cls.__name__}({kwargs})": (cls(**kwargs), kwargs)  # type: ignore[arg-type]
+        for kwargs in (
+            {"kernel_size": 2},
+            {"kernel_size": 3, "stride": 2, "padding": 1},
+            {"kernel_size": 2, "stride": 1, "dilation": 2, "padding": 1, "ceil_mode": True},
+        )
+    }
+    for cls in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+)  # fmt: skip
+ACT_OF_RANK: dict[int, Any] = dict(OURS_ACT)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("rank", "name"), [(rank, name) for rank, pools in enumerate((POOLS_1D, POOLS_2D, POOLS_3D), 1) for name in pools]
+)
+def test_pool(rank: int, name: str, training: bool) -> None:
+    """As torch's layers one after the other, whichever way it is given; and the state has nothing of it."""
+    layer, kwargs = {1: POOLS_1D, 2: POOLS_2D, 3: POOLS_3D}[rank][name]
+    theirs = nn.Sequential(THEIRS[rank](4), nn.GELU(), layer).train(training)
+    _randomise(theirs)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn((6, 4, 5, 7, 6)[: 2 + rank], generator=generator).requires_grad_()
+    expected = theirs(x)
+    gradients = torch.autograd.grad(expected.square().sum(), [x, *theirs.parameters()])
+    by_keyword = {f"pool_{key}": value for key, value in kwargs.items()}
+    for given in ({"pool": layer}, {"pool": kwargs}, {"pool": fl.pooling.resolve(layer, rank)}, by_keyword):
+        ours = ACT_OF_RANK[rank](4, act_layer="gelu", **given).train(training)
+        ours.load_state_dict({**_torchs(rank).state_dict(), **dict(theirs[0].named_parameters())}, strict=True)
+        assert list(ours.state_dict()) == STATE
+        assert str(layer).split("(")[0] in repr(ours)
+        got = ours(x)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        assert got.shape == expected.shape
+        for mine, other in zip(
+            torch.autograd.grad(got.square().sum(), [x, *ours.parameters()]), gradients, strict=True
+        ):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+        _assert_same_state(ours, theirs[0])
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+@pytest.mark.parametrize("p", [0.4, 1.0])
+def test_channels_dropped_before_or_behind_a_pool(p: float, place: str) -> None:
+    """The same function of the mask that torch draws for the same seed; larger than what is drawn value by value."""
+    layers: list[nn.Module] = [nn.Dropout2d(p), nn.MaxPool2d(2)]
+    theirs = nn.Sequential(nn.BatchNorm2d(64), nn.Sigmoid(), *(layers if place == "before" else layers[::-1]))
+    ours = fl.BatchNormAct2d(64, act_layer="sigmoid", drop_p=p, pool_kernel_size=2)
+    x = torch.randn(16, 64, 6, 6)
+    results = []
+    for layer in (ours, theirs):
+        torch.manual_seed(5)
+        results.append((layer(x), torch.rand(3)))
+    torch.testing.assert_close(*results)
+    dropped = (results[0][0] == 0).all(3).all(2)
+    assert torch.equal(dropped, (results[1][0] == 0).all(3).all(2))
+    assert 0.3 < dropped.float().mean() < 0.5 if p < 1 else dropped.all()
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "fused"),
+    [
+        ({"pool": nn.MaxPool2d(5, 3, 2), "drop_p": 0.4}, (4, 5, 9, 8), True),
+        ({"pool": nn.MaxPool2d(16, 3)}, (4, 5, 17, 18), True),
+        ({"pool": nn.MaxPool2d(2), "drop_p": 0.4, "drop_mode": "element"}, (4, 5, 9, 8), False),
+        ({"pool": nn.MaxPool2d(2), "act_layer": "rrelu"}, (4, 5, 9, 8), False),
+        ({"pool": nn.MaxPool2d(2), "residual": True}, (4, 5, 9, 8), False),
+        ({"pool": nn.MaxPool2d((16, 17))}, (4, 5, 17, 18), False),
+        ({"pool": nn.MaxPool3d(2), "drop_p": 0.4}, (4, 5, 4, 3, 5), False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_pooled_by_torch(
+    options: dict[str, Any], shape: tuple[int, ...], fused: bool, dtype: torch.dtype
+) -> None:
+    """What the kernels have no pool for is the layer without it and torch's pool behind, bit by bit."""
+    given = dict(options)
+    pool = given.pop("pool")
+    residual = torch.randn(shape).to(dtype) if given.pop("residual", False) else None
+    cls = ACT_OF_RANK[len(shape) - 2]
+    layers = cls(5, pool=pool, **given), cls(5, **given)
+    x = torch.randn(shape).to(dtype)
+    results = []
+    for layer, behind in zip(layers, (nn.Identity(), pool), strict=True):
+        torch.manual_seed(2)
+        leaf = x.clone().requires_grad_()
+        with fl.use_backend("cpp"):
+            y = behind(layer(leaf, residual))
+            results.append((y, *torch.autograd.grad(y.float().square().sum(), [leaf, *layer.parameters()])))
+    assert ("_BatchNormActPool" in results[0][0].grad_fn.name()) == fused
+    exact = None if fused else 0.0
+    if not fused or dtype == torch.float32:  # rounding to 16 bits makes some equal, of which torch takes the first
+        torch.testing.assert_close(*results, rtol=exact, atol=exact)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=exact, atol=exact)
+
+
+def test_small_tensors_with_a_pool_go_to_torch() -> None:
+    for channels_last in (False, True):
+        x = torch.randn(2, 4, 6, 6).requires_grad_()
+        x = x.to(memory_format=torch.channels_last) if channels_last else x
+        y = fl.BatchNormAct2d(4, pool_kernel_size=2)(x)
+        assert ("MaxPool2D" in y.grad_fn.name()) == (fl.get_backend() == "auto")
+
+
 def test_inputs_are_left_alone() -> None:
     """inplace=True, timm's default, is accepted and changes nothing."""
     layer, x, residual = fl.BatchNormAct2d(4, inplace=True, drop_p=0.5), _input(2), _input(2, seed=1)
@@ -370,14 +479,14 @@ def test_torchs_convert_sync_batchnorm_takes_what_it_can_keep() -> None:
 
 
 class _Network(nn.Module):
-    """A small residual network; `norm(channels, act, p)` makes its normalisation layers."""
+    """A small residual network; `norm(channels, p, pool)` makes its normalisation layers."""
 
-    def __init__(self, norm: Callable[[int, bool, float], nn.Module]) -> None:
+    def __init__(self, norm: Callable[[int, float, nn.MaxPool2d | None], nn.Module], pool: nn.MaxPool2d | None) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.norm1 = norm(8, True, 0.3)
+        self.norm1 = norm(8, 0.3, pool)
         self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-        self.norm2 = norm(8, True, 0.0)
+        self.norm2 = norm(8, 0.0, None)
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -390,28 +499,30 @@ class _Network(nn.Module):
 class _Composed(nn.BatchNorm2d):
     """What BatchNormAct2d fuses, by torch's layers."""
 
-    def __init__(self, channels: int, p: float) -> None:
+    def __init__(self, channels: int, p: float, pool: nn.MaxPool2d | None) -> None:
         super().__init__(channels)
-        self.p = p
+        self.p, self.pool = p, pool or nn.Identity()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = super().forward(x)
         x = x if residual is None else x + residual
-        return F.dropout2d(F.relu(x), self.p, self.training)
+        pooled: Tensor = self.pool(F.dropout2d(F.relu(x), self.p, self.training))
+        return pooled
 
 
-def _fused_network() -> _Network:
-    return _Network(lambda channels, act, p: fl.BatchNormAct2d(channels, drop_p=p))
+def _fused_network(pool: nn.MaxPool2d | None = None) -> _Network:
+    return _Network(lambda channels, p, pool: fl.BatchNormAct2d(channels, drop_p=p, pool=pool), pool)
 
 
-def _composed_network() -> _Network:
-    return _Network(lambda channels, act, p: _Composed(channels, p))
+def _composed_network(pool: nn.MaxPool2d | None = None) -> _Network:
+    return _Network(_Composed, pool)
 
 
+@pytest.mark.parametrize("pool", [None, nn.MaxPool2d(5, 3, 2)], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_the_same_training(memory_format: torch.memory_format) -> None:
+def test_the_same_training(memory_format: torch.memory_format, pool: nn.MaxPool2d | None) -> None:
     """Three steps of SGD from the same weights and seed leave the same network, to rounding; so does evaluation."""
-    networks = _fused_network(), _composed_network()
+    networks = _fused_network(pool), _composed_network(pool)
     networks[0].load_state_dict(networks[1].state_dict(), strict=True)
     x = torch.randn(8, 3, 10, 10).to(memory_format=memory_format)
     labels = torch.randint(5, (8,))
@@ -447,10 +558,11 @@ def test_update_bn_and_averaged_model() -> None:
     assert norm.num_batches_tracked == 3
 
 
+@pytest.mark.parametrize("pool", [None, nn.MaxPool2d(3, 2, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype: torch.dtype) -> None:
+def test_autocast(dtype: torch.dtype, pool: nn.MaxPool2d | None) -> None:
     """In a half-precision region: the dtype of what comes in, float32 parameters, as torch's layers."""
-    networks = _fused_network(), _composed_network()
+    networks = _fused_network(pool), _composed_network(pool)
     networks[0].load_state_dict(networks[1].state_dict())
     x, outputs = torch.randn(8, 3, 6, 6), []
     for network in networks:

@@ -6,7 +6,9 @@ import copy
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch import nn
 import fastlayers as fl
 from fastlayers import data
 from fastlayers.cli import main
-from fastlayers.experiments import models, quickstart
+from fastlayers.experiments import between, models, quickstart
 from fastlayers.experiments.agreement import FLOOR, Agreement, move_by_one_ulp
 from fastlayers.experiments.memory import bytes_saved_for_backward
 from fastlayers.experiments.training import Epoch, Phase, Run, train_interleaved
@@ -36,20 +38,25 @@ class DropsAnotherMask(fl.BatchNormAct2d):
         return super().forward(input, residual)
 
 
-WRONG_LAYERS: dict[str, Callable[[int, float], nn.Module]] = {
-    "eps": lambda channels, p: fl.BatchNormAct2d(channels, eps=1e-3, drop_p=p),
-    "momentum": lambda channels, p: fl.BatchNormAct2d(channels, momentum=0.11, drop_p=p),
-    "activation": lambda channels, p: fl.BatchNormAct2d(channels, act_layer="gelu", drop_p=p),
-    "drop_p": lambda channels, p: fl.BatchNormAct2d(channels, drop_p=p / 2),
-    "mask": lambda channels, p: DropsAnotherMask(channels, drop_p=p),
+MakeLayer = Callable[..., nn.Module]
+
+WRONG_LAYERS: dict[str, MakeLayer] = {
+    "eps": partial(fl.BatchNormAct2d, eps=1e-3),
+    "momentum": partial(fl.BatchNormAct2d, momentum=0.11),
+    "activation": partial(fl.BatchNormAct2d, act_layer="gelu"),
+    "drop_p": lambda channels, drop_p, pool: fl.BatchNormAct2d(channels, drop_p=drop_p / 2, pool=pool),
+    "mask": DropsAnotherMask,
+    "pool": lambda channels, drop_p, pool: fl.BatchNormAct2d(channels, drop_p=drop_p, pool=nn.MaxPool2d(1, 2)),
 }
 
 
-def use_layer(monkeypatch: pytest.MonkeyPatch, make: Callable[[int, float], nn.Module]) -> None:
+def use_layer(monkeypatch: pytest.MonkeyPatch, make: MakeLayer) -> None:
     """Has the quickstart take its fused layers from `make`."""
 
     def kit(run: str, features: int, style: Style) -> dict[str, nn.Module]:
-        return {"norm": make(features, style.drop_p)}
+        assert run == "BRDM"
+        assert style.pool is not None
+        return {"norm": make(features, drop_p=style.drop_p, pool=style.pool.layer())}
 
     monkeypatch.setattr(quickstart, "fused_layers", kit)
 
@@ -63,6 +70,7 @@ def test_command_reports_the_same_training_and_draws_it(tmp_path: Path) -> None:
         "Loss in testing",
         "test accuracy",
         "median step",
+        "BatchNorm to max-pool",
         "saved for backward",
         "rounding explains",
     ):
@@ -97,10 +105,10 @@ def test_right_layers_agree_with_the_first_seed() -> None:
 def test_next_seed_is_tried_where_chance_had_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def wrong_for_the_first_seed(channels: int, drop_p: float) -> nn.Module:
+    def wrong_for_the_first_seed(channels: int, drop_p: float, pool: nn.MaxPool2d) -> nn.Module:
         made.append(channels)
         first_seed = len(made) <= len(models.PLANS["digits"]["channels"])
-        return fl.BatchNormAct2d(channels, drop_p=drop_p / 2 if first_seed else drop_p)
+        return fl.BatchNormAct2d(channels, drop_p=drop_p / 2 if first_seed else drop_p, pool=pool)
 
     use_layer(monkeypatch, wrong_for_the_first_seed)
     settings = quickstart.Settings(epochs=1, batch_size=64, seed=5)
@@ -176,11 +184,36 @@ def test_fastlayers_saves_less_for_backward() -> None:
     assert fused < 0.8 * eager
 
 
+def test_time_between_convolutions_is_that_of_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the layers behind them, on what the convolutions make; nothing of the models changes."""
+    made = [models.build_cnn("digits", layers) for layers in (models.torch_layers, models.fused_layers)]
+    states = copy.deepcopy([model.state_dict() for model in made])
+    shapes: list[tuple[int, ...]] = []
+    images, drawn = torch.randn(5, 1, 8, 8), torch.get_rng_state()
+    clock = iter(range(1000))
+    monkeypatch.setattr(between, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    step = between._step
+
+    def seen(layers: nn.Module, input: torch.Tensor, grad_output: torch.Tensor) -> float:
+        shapes.append((len(list(layers.children())), *input.shape, *grad_output.shape))
+        return step(layers, input, grad_output)
+
+    monkeypatch.setattr(between, "_step", seen)
+    assert between.seconds_between_convolutions(made, images, repeats=2) == [2.0, 2.0]
+    blocks = [((5, 64, 8, 8), (5, 64, 4, 4)), ((5, 64, 4, 4), (5, 64, 2, 2))]
+    first, second = ([(layers, *x, *y) for x, y in blocks] for layers in (4, 1))
+    assert shapes == first + second + second + first
+    assert torch.equal(torch.get_rng_state(), drawn)
+    for model, state in zip(made, states, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_first_tenth_of_the_steps_is_not_timed() -> None:
     run = Run(nn.Linear(1, 1), seed=0)
     empty: dict[Phase, torch.Tensor] = {"train": torch.zeros(1), "test": torch.zeros(1)}
     run.epochs = [Epoch(empty, [9.0, 9.0] + 8 * [2.0], 0.0), Epoch(empty, 10 * [1.0], 0.0)]
-    measured = quickstart.Measured(run, saved_bytes=0)
+    measured = quickstart.Measured(run, saved_bytes=0, between_seconds=0.0)
     assert measured.step_seconds == 8 * [2.0] + 10 * [1.0]
     assert measured.median_step == 1.0
 

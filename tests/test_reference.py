@@ -29,6 +29,9 @@ RTOL = 1e-7
         {"drop_p": 0.3, "layout": "channels_last"},
         {"drop_p": 0.3, "drop_mode": "element"},
         {"drop_p": 1.0},
+        {"pool": "5/3/2", "drop_p": 0.3},
+        {"pool": "3/2/1 dilated ceil", "shape": (2, 5, 3, 4, 5), "residual": "contiguous"},
+        {"pool": "2/2", "shape": (4, 5, 7), "drop_p": 0.3, "drop_mode": "element", "training": False},
     ],
     ids=str,
 )
@@ -43,10 +46,13 @@ def test_reference_is_torch(act: str, options: dict[str, object], device: torch.
 
 
 @pytest.mark.parametrize("drop_mode", ["channel", "element"])
+@pytest.mark.parametrize("pool", [None, "2/2"])
 @pytest.mark.parametrize("training", [True, False])
-def test_public_reference_draws_the_mask(training: bool, drop_mode: str, device: torch.device) -> None:
+def test_public_reference_draws_the_mask(
+    training: bool, pool: str | None, drop_mode: str, device: torch.device
+) -> None:
     """fl.reference.batch_norm_act differs from what the oracle calls by the draw alone."""
-    case = Case(act="silu", residual="contiguous", training=training, drop_p=0.4, drop_mode=drop_mode)
+    case = Case(act="silu", residual="contiguous", training=training, drop_p=0.4, drop_mode=drop_mode, pool=pool)
     sample = make_sample(case, device)
 
     def public(s: Sample) -> Tensor:
@@ -63,6 +69,7 @@ def test_public_reference_draws_the_mask(training: bool, drop_mode: str, device:
             drop_p=0.4,
             drop_mode=drop_mode,
             num_batches_tracked=s.num_batches_tracked,
+            pool=case.pool_layer,
         )
 
     results, expected = run(public, sample.fresh()), run(exact, sample.fresh())

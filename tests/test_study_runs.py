@@ -23,8 +23,9 @@ from fastlayers.data.augmentation import Augmentation, Augmenter
 from fastlayers.studies import config, runner, sweep
 from fastlayers.studies.classifier import Classifier
 from fastlayers.studies.landscape import look_around
-from fastlayers.studies.results import FAILURE_FILE, LANDSCAPE_FILE, Job, Store, read_result
+from fastlayers.studies.results import FAILURE_FILE, LANDSCAPE_FILE, Store, read_result
 from fastlayers.studies.results import Result as Finished
+from tests.small_runs import curve, job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,24 +36,6 @@ def study(out: Path, *arguments: str) -> Result:
 
 def results(out: Path) -> list[Finished]:
     return list(Store(out).results())
-
-
-def job(**changes: Any) -> Job:
-    """A small MLP with BatchNorm and Dropout on the digits."""
-    training = config.Training(
-        dataset="digits",
-        network=config.Network.model_validate({"name": "mlp", "hidden": [32], "drop_p": 0.5}),
-        optimizer=config.Optimizer(name="adam", lr=1e-2),
-        epochs=4,
-        batch_size=60,
-        validation_share=0.2,
-    )
-    return Job(published=training.key, training=training.model_copy(update=changes))
-
-
-def curve(result: Finished) -> list[tuple[float | None, ...]]:
-    """Everything that the epochs measured, but for the time they took."""
-    return [(e.lr, e.train_loss, e.train_accuracy, e.val_loss, e.val_accuracy) for e in result.history]
 
 
 @pytest.fixture(scope="module")

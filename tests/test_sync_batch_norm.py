@@ -102,6 +102,8 @@ def test_arguments_by_position() -> None:
 def test_one_process_is_batch_norm(shape: tuple[int, ...], training: bool) -> None:
     plain = {2: fl.BatchNormAct1d, 3: fl.BatchNormAct1d, 4: fl.BatchNormAct2d, 5: fl.BatchNormAct3d}[len(shape)]
     options: dict[str, Any] = {"act_layer": "gelu", "drop_p": 0.4}
+    if len(shape) > 2:
+        options["pool_kernel_size"] = (2,) * (len(shape) - 2)
     results = []
     for layer in (fl.SyncBatchNormAct(4, **options), plain(4, **options)):
         torch.manual_seed(1)
@@ -123,7 +125,7 @@ def test_errors_are_torchs(shape: tuple[int, ...]) -> None:
 
 
 def test_copies() -> None:
-    layer = fl.SyncBatchNormAct(4, act_layer="silu", drop_p=0.2)
+    layer = fl.SyncBatchNormAct(4, act_layer="silu", drop_p=0.2, pool=nn.MaxPool2d(2))
     for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert repr(again) == repr(layer)
         assert again.weight is not layer.weight

@@ -45,6 +45,16 @@ def _theirs(drop_p: float = 0.3) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), act, nn.Dropout(drop_p), nn.BatchNorm1d(6))
 
 
+def _ours_pooled(drop_p: float = 0.3) -> nn.Module:
+    act = fl.BatchNormAct1d(2, act_layer="gelu", drop_p=drop_p, pool=nn.MaxPool1d(3, 2, 1))
+    return nn.Sequential(nn.Linear(4, 12), nn.Unflatten(-1, (2, 6)), act, nn.Flatten(-2), fl.BatchNorm1d(6))
+
+
+def _theirs_pooled(drop_p: float = 0.3) -> nn.Module:
+    act = nn.Sequential(nn.BatchNorm1d(2), nn.GELU(), nn.Dropout1d(drop_p), nn.MaxPool1d(3, 2, 1))
+    return nn.Sequential(nn.Linear(4, 12), nn.Unflatten(-1, (2, 6)), act, nn.Flatten(-2), nn.BatchNorm1d(6))
+
+
 Maker = Callable[..., nn.Module]
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(SEED))
 
@@ -107,9 +117,13 @@ TRANSFORMS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+MAKERS = {"": (_ours, _theirs), "pooled": (_ours_pooled, _theirs_pooled)}
+
+
+@pytest.mark.parametrize("pooled", MAKERS)
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_evaluation(name: str) -> None:
-    ours, theirs = (TRANSFORMS[name](_made(make)) for make in (_ours, _theirs))
+def test_evaluation(name: str, pooled: str) -> None:
+    ours, theirs = (TRANSFORMS[name](_made(make)) for make in MAKERS[pooled])
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -121,11 +135,12 @@ def _raised_or_found(call: Callable[[nn.Module], Any], module: nn.Module) -> Any
         return f"{type(error).__name__} {error}"
 
 
+@pytest.mark.parametrize("pooled", MAKERS)
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("drop_p", [0.0, 0.3])
-def test_training(name: str, drop_p: float) -> None:
+def test_training(name: str, drop_p: float, pooled: str) -> None:
     """With the same masks and statistics, or torch's own words: on statistics, and randomness under vmap."""
-    modules = [_made(make, True, drop_p) for make in (_ours, _theirs)]
+    modules = [_made(make, True, drop_p) for make in MAKERS[pooled]]
     ours, theirs = (_raised_or_found(TRANSFORMS[name], module) for module in modules)
     if isinstance(theirs, str):
         # Ours may go on.

@@ -1,4 +1,4 @@
-"""Runs test_triton_interpreted.py in processes in which Triton interprets its kernels."""
+"""Runs test_triton_interpreted.py and test_triton_pool.py in processes in which Triton interprets its kernels."""
 
 from __future__ import annotations
 
@@ -13,28 +13,34 @@ from pathlib import Path
 import pytest
 import torch
 
-INTERPRETED = Path(__file__).with_name("test_triton_interpreted.py")
-PARTS = ("test_triton_every_pair_of_choices", "not test_triton_every_pair_of_choices")
+FOLDER = Path(__file__).parent
+#: Files, and which of their tests.
+PARTS = (
+    ("test_triton_interpreted.py", "every_pair_of_choices"),
+    ("test_triton_interpreted.py", "not every_pair_of_choices"),
+    ("test_triton_pool.py", "every_pair_of_choices"),
+    ("test_triton_pool.py", "not every_pair_of_choices"),
+)
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[dict[str, subprocess.Popen[str]]]:
+def processes() -> Iterator[dict[tuple[str, str], subprocess.Popen[str]]]:
     """One for each part of the tests, at the same time: each keeps one processor busy."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if torch.cuda.is_available():
         pytest.skip("with --device cuda they run on the GPU itself")
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(INTERPRETED), "-k"]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     started = {
-        part: subprocess.Popen(
-            [*command, part],
+        (file, tests): subprocess.Popen(
+            [*command, str(FOLDER / file), "-k", tests],
             env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            cwd=INTERPRETED.parents[1],
+            cwd=FOLDER.parent,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for part in PARTS
+        for file, tests in PARTS
     }
     yield started
     for process in started.values():
@@ -43,8 +49,10 @@ def processes() -> Iterator[dict[str, subprocess.Popen[str]]]:
 
 
 @pytest.mark.timeout(900)  # they take a minute; on a busy machine, some
-@pytest.mark.parametrize("part", PARTS)
-def test_triton_in_its_interpreter(part: str, processes: dict[str, subprocess.Popen[str]]) -> None:
+@pytest.mark.parametrize("part", PARTS, ids=" ".join)
+def test_triton_in_its_interpreter(
+    part: tuple[str, str], processes: dict[tuple[str, str], subprocess.Popen[str]]
+) -> None:
     """All pass there, and none is left out."""
     output, _ = processes[part].communicate()
     assert processes[part].returncode == 0, output[-8000:]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import fastlayers as fl
 from fastlayers import activations
+from fastlayers.pooling import Pool
 from tests.cases import ACTIVATIONS
 
 triton = pytest.importorskip("triton")
@@ -43,6 +44,7 @@ def _driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(driver, "_active", driver._active)
     yield
     calls._plan.cache_clear()
+    calls._pool_plan.cache_clear()
     launches._compiled.clear()
 
 
@@ -124,6 +126,47 @@ class _Layer(NamedTuple):
         }.get(kernel, (0, 0))
 
 
+class _PoolLayer(NamedTuple):
+    """A call of the operators with max-pooling, and of their backward."""
+
+    pool: Pool
+    shape: tuple[int, ...]
+    dtype: torch.dtype = f32
+    rows: bool = False
+    act: str = "relu"
+    dropout: bool = False
+    training: bool = True
+
+    def run(self) -> None:
+        """Runs both, on memory that nobody reads."""
+        activation, window = activations.resolve(ACTIVATIONS[self.act]), (self.pool.window, self.pool.ceil_mode)
+        x = torch.empty(self.shape, dtype=self.dtype)
+        if self.rows:
+            x = x.contiguous(memory_format=torch.channels_last)
+        channels = [torch.empty(self.shape[1]) for _ in range(4)]
+        mask = x.new_empty(self.shape[:2]) if self.dropout else None
+        act = (activation.code, activation.params)
+        output, mean, invstd, selected, positions = calls.batch_norm_act_pool_fwd(
+            x, channels[0], channels[1], mask, channels[2], channels[3], torch.zeros((), dtype=torch.int64),
+            self.training, 0.1, 1e-5, *act, activation.monotone, 2.0, *window, True,
+        )  # fmt: skip
+        calls.batch_norm_act_pool_bwd(
+            output, x, selected, positions, channels[0], channels[1], mask, mean, invstd, self.training, *act, 2.0,
+            *window, True, True,
+        )  # fmt: skip
+
+    def full_size_accesses(self, kernel: str) -> tuple[int, int]:
+        """How many tensors a kernel reads and writes 16 bytes at a time; windows of planes begin anywhere."""
+        return {
+            "batch_statistics": (1, 0),
+            "whole_pool": (1, 0),
+            # A row of each window is unrolled.
+            "pool": (self.pool.kernel_size[1], 2) if self.rows else (0, 0),
+            "gradient_sums": (2, 0),
+            "pool_gradient": (int(self.training), 1),
+        }.get(kernel, (0, 0))
+
+
 # Large ones, whose channels are split, in both layouts; and what one program holds.
 LARGE = (128, 64, 32, 32)
 LAYERS = [
@@ -141,10 +184,24 @@ LAYERS = [
     _Layer((100, 1024), f32, True, "gelu", "element", True),
     _Layer((100, 1024), f16, True, "relu", "", True),
 ]
+SQUARE, OVERLAPPING = (Pool((k, k), (s, s), (p, p), (1, 1)) for k, s, p in ((2, 2, 0), (5, 3, 2)))
+POOL_LAYERS = [
+    _PoolLayer(SQUARE, (128, 64, 28, 28), f32, False, "relu", True),
+    _PoolLayer(SQUARE, (128, 64, 28, 28), bf16, True, "relu", True),
+    _PoolLayer(OVERLAPPING, (100, 256, 64, 64), f32, False, "gelu", True),
+    _PoolLayer(OVERLAPPING, (100, 256, 64, 64), bf16, False, "relu", False, training=False),
+    _PoolLayer(OVERLAPPING, (100, 256, 32, 32), f32, True, "relu", True),
+    _PoolLayer(OVERLAPPING, (100, 256, 32, 32), f16, True, "silu", True),
+    _PoolLayer(OVERLAPPING, (100, 64, 64, 64), f64, False, "relu"),
+    _PoolLayer(SQUARE, (64, 64, 8, 8), f32, False, "relu", True),
+    _PoolLayer(OVERLAPPING, (16, 64, 8, 8), bf16, True, "gelu", True),
+]
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_triton_for_sm_90_moves_16_bytes_and_spills_nothing(layer: _Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layer", [*LAYERS, *POOL_LAYERS], ids=str)
+def test_triton_for_sm_90_moves_16_bytes_and_spills_nothing(
+    layer: _Layer | _PoolLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = _compile(H200, layer.run, monkeypatch)
     assert found
     for compiled in found:
@@ -189,8 +246,8 @@ def test_triton_activations_compile(act: str, monkeypatch: pytest.MonkeyPatch) -
         assert ".local" not in compiled.asm["ptx"]
 
 
-@pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[3], LAYERS[10]], ids=str)
-def test_triton_for_gfx942_spills_nothing(layer: _Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[3], LAYERS[10], *POOL_LAYERS[:6:2]], ids=str)
+def test_triton_for_gfx942_spills_nothing(layer: _Layer | _PoolLayer, monkeypatch: pytest.MonkeyPatch) -> None:
     """AMD's MI300: vector registers, and accesses of 16 bytes."""
     for compiled in _compile(MI300, layer.run, monkeypatch):
         code = compiled.asm["amdgcn"]
@@ -205,6 +262,10 @@ def test_triton_compiles_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> 
     calls._plan.cache_clear()
     found = _compile(H200, _Layer((128, 64, 32, 32), bf16, False, "relu", "channel", True).run, monkeypatch)
     assert {compiled.wide for compiled in found if compiled.kernel in ("batch_statistics", "normalise")} == {True}
+    calls._pool_plan.cache_clear()
+    for rows in (False, True):
+        found = _compile(H200, _PoolLayer(SQUARE, (128, 64, 32, 32), bf16, rows, "relu", True).run, monkeypatch)
+        assert {compiled.wide for compiled in found if compiled.kernel in ("pool", "pool_gradient")} == {True}
 
 
 def test_triton_dropout_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,135 +17,20 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 import fastlayers as fl
-from fastlayers import activations, backends, masks
+from fastlayers import activations, masks
 from tests.cases import ACTIVATIONS, SEED, Case, make_sample, pairwise
 from tests.layouts import LAYOUTS, in_layout
 from tests.oracle import check, eager, exact, fused, kinds, run
 from tests.test_compile import LAYERS
 
-_PROBLEM = backends._problem_of_triton("cpu", None) if os.environ.get("TRITON_INTERPRET") == "1" else "not interpreted"
-if _PROBLEM is not None and not torch.cuda.is_available():
-    pytest.skip("TRITON_INTERPRET=1 has to be set from the start: test_triton.py does", allow_module_level=True)
+pytest.importorskip("triton")
 
-from fastlayers.triton import calls, launches, layouts, ops, plans  # noqa: E402  (Triton may not be there)
+from fastlayers.triton import calls, ops, plans
+from tests.interpreted import WAYS, every_way, forget, turn_around_the_order, use
+
+pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-
-#: How channels are shared among programs: by tables of (elements of a tile, of a whole channel, programs wanted).
-WAYS = {"whole": (1024, 8192, 1), "one part": (128, 0, 1), "parts": (128, 0, 1000)}
-
-
-@pytest.fixture(autouse=True)
-def _triton(device: torch.device) -> Iterator[None]:
-    if calls.INTERPRETED:
-        assert device.type == "cpu", "the interpreter copies from the GPU at every call: leave TRITON_INTERPRET unset"
-        _round_as_hardware_does()
-    elif device.type == "cpu":
-        pytest.skip("a GPU is there: --device cuda")
-    with fl.use_backend("triton"):
-        yield
-
-
-def _round_as_hardware_does() -> None:
-    """The interpreter truncates float32 to bfloat16, and knows no conversion of its own to float32."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    original = InterpreterBuilder.cast_impl
-    if original.__name__ == "rounding":
-        return
-
-    def rounding(self: Any, source: Any, to: Any) -> Any:
-        have, want = source.dtype.scalar, to.scalar
-        if have in (tl.float32, tl.float64) and want == tl.bfloat16:
-            values = torch.from_numpy(np.ascontiguousarray(source.data)).to(bf16).view(torch.int16).numpy()
-            return TensorHandle(values.view(np.uint16).reshape(np.shape(source.data)), tl.bfloat16)
-        if have == tl.bfloat16 and want in (tl.float32, tl.float64):
-            values = (np.asarray(source.data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-            return TensorHandle(values.astype(np.float64) if want == tl.float64 else values, want)
-        return original(self, source, to)
-
-    InterpreterBuilder.cast_impl = rounding
-
-
-def _use(way: str, patch: pytest.MonkeyPatch) -> None:
-    """Has the tensors of a test take this way."""
-    tile, whole, programs = WAYS[way]
-    patch.setattr(plans, "TILE", dict.fromkeys(plans.TILE, tile))
-    patch.setattr(plans, "ROW_CHANNELS", dict.fromkeys(plans.ROW_CHANNELS, 16))
-    patch.setattr(plans, "WHOLE", dict.fromkeys(plans.WHOLE, whole))
-    patch.setattr(plans, "PROGRAMS", programs)
-    calls._plan.cache_clear()
-
-
-@pytest.fixture
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    _use(request.param, monkeypatch)
-    yield request.param
-    monkeypatch.undo()
-    calls._plan.cache_clear()
-
-
-every_way = pytest.mark.parametrize("way", WAYS, indirect=True)
-
-
-class _Guarded:
-    """A tensor moved between canaries: what lies around its elements, and between them, is NaN and has to stay so."""
-
-    MARGIN = 64
-
-    def __init__(self, original: Tensor) -> None:
-        size = layouts.extent(original.shape, original.stride())
-        # By the elements of memory: several of a tensor may be one.
-        self.flat = original.as_strided((size,), (1,), original.storage_offset())
-        places = torch.arange(size).as_strided(original.shape, original.stride()).reshape(-1)
-        # In steps of 16 bytes, so that the copy is as aligned as the original.
-        begin = self.MARGIN + int(original.storage_offset()) % self.MARGIN
-        self.places, self.moved = places, begin + places
-        self.memory = self._canaries(begin + size + self.MARGIN)
-        self.memory[self.moved] = self.flat[places]
-        self.tensor = self.memory.as_strided(original.shape, original.stride(), begin)
-
-    def _canaries(self, size: int) -> Tensor:
-        value = float("nan") if self.flat.is_floating_point() else 0x55
-        return self.flat.new_full((size,), value if self.flat.dtype != torch.bool else True)
-
-    def finish(self) -> None:
-        """Checks the canaries and copies back what a kernel wrote."""
-        written = self.memory[self.moved]
-        # What was not written keeps its version, by which autograd would call it changed.
-        if not torch.equal(self.flat[self.places].view(torch.uint8), written.view(torch.uint8)):
-            self.flat[self.places] = written
-        self.memory[self.moved] = self._canaries(1)
-        expected = self._canaries(self.memory.numel())
-        assert torch.equal(torch.nan_to_num(self.memory.float(), nan=-7), torch.nan_to_num(expected.float(), nan=-7))
-
-
-@pytest.fixture(autouse=True)
-def _guards(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """Puts canaries around all that a kernel is given."""
-    if device.type != "cpu":
-        return
-    launch = launches.launch
-
-    def guarded(kernel: Any, grid: Any, pointers: Sequence[Tensor | None], *args: Any) -> None:
-        guards = [None if t is None else _Guarded(t) for t in pointers]
-        launch(kernel, grid, [None if g is None else g.tensor for g in guards], *args)
-        for guard in guards:
-            if guard is not None:
-                guard.finish()
-
-    monkeypatch.setattr(calls, "launch", guarded)
-
-
-@pytest.fixture
-def _torch_fills_with_nan() -> Iterator[None]:
-    """So that results that nobody wrote show."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
 
 # Each with what it is there for; few channels, since each takes programs of its own.
 SHAPES = [
@@ -189,7 +73,7 @@ def _matrix() -> list[Any]:
 
 
 @pytest.mark.parametrize(("way", "case"), _matrix(), indirect=["way"], ids=str)
-@pytest.mark.usefixtures("_torch_fills_with_nan")
+@pytest.mark.usefixtures("torch_fills_with_nan")
 def test_triton_every_pair_of_choices(way: str, case: Case, device: torch.device) -> None:
     check(case, device)
 
@@ -271,7 +155,7 @@ def test_triton_dropped_elements_hold_no_nan(way: str, p: float, layout: str, mo
 
 def test_triton_does_not_read_dropped_planes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither their input in evaluation's pass, nor their gradients: a read of NaN would show in the sums."""
-    _use("one part", monkeypatch)
+    use("one part", monkeypatch)
     x = torch.randn(4, 3, 4, 4, device=device)
     mask = (torch.arange(12, device=device).view(4, 3) % 2).float()
     poisoned = torch.where(mask[:, :, None, None] != 0, x, float("nan"))
@@ -317,20 +201,9 @@ def test_triton_same_bits_whatever_the_order_of_programs(
     sample = make_sample(case, device)
     expected = run(fused, sample.fresh())
     if calls.INTERPRETED:
-        _turn_around_the_order(monkeypatch)
+        turn_around_the_order(monkeypatch)
     again = run(fused, sample.fresh())
     assert all(torch.equal(again[name], expected[name]) for name in expected)
-
-
-def _turn_around_the_order(patch: pytest.MonkeyPatch) -> None:
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    original = InterpreterBuilder.set_grid_idx
-
-    def last_first(self: Any, *at: int) -> None:
-        original(self, *(size - 1 - i for size, i in zip(self.grid_dim, at, strict=True)))
-
-    patch.setattr(InterpreterBuilder, "set_grid_idx", last_first)
 
 
 @every_way
@@ -344,7 +217,7 @@ def test_triton_offsets_of_64_bits(
     sample = make_sample(case, device)
     expected = run(fused, sample.fresh())
     monkeypatch.setattr(plans, "WIDE_FROM", 0)
-    calls._plan.cache_clear()
+    forget()
     again = run(fused, sample.fresh())
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
@@ -392,7 +265,7 @@ def test_triton_dropout_layers(layer: nn.Module, device: torch.device) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_triton_bits(layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is saved for a residual, unpacked as for double backward: where ReLU is flat."""
-    _use("parts", monkeypatch)
+    use("parts", monkeypatch)
     for shape in ((3, 3, 2, 3), (2, 2, 4, 8), (7, 13)):
         x = in_layout(torch.randn(shape, device=device), layout)
         y, *_, bits = ops.batch_norm_act_fwd(x, None, None, x, *(None,) * 4, True, 0.1, 1e-5, 1, [0.0] * 3, 1.0, True)

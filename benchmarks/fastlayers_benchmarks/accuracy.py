@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlayers as fl
 from fastlayers import activations, masks
+from fastlayers.pooling import resolve
 from fastlayers_benchmarks.cases import SEED, Case, Inputs
 
 # Where ReLU's slope jumps, rounding decides which of both slopes an element has, whoever computes it: there the
 # gradient of the output is zero. The widest rounding is that of bfloat16.
 KINK_WIDTH = 0.02
+# Likewise where a window of a max-pool has two elements that rounding can make equal, or swap: the largest is larger
+# than the next by less than this part of it.
+TIE_WIDTH = 0.02
 
 Results = dict[str, Tensor]
 
@@ -32,20 +40,43 @@ def expected(case: Case, inputs: Inputs) -> tuple[Results, Tensor]:
     if inputs.residual is not None:
         leaves["residual"] = inputs.residual.detach().double().requires_grad_()
 
-    def reference(activation: activations.Activation) -> Tensor:
+    def before_pool(activation: activations.Activation) -> Tensor:
         return fl.reference.batch_norm_act_masked(
             leaves["input"], leaves["weight"], leaves["bias"], leaves.get("residual"), mask, None, None, None,
             training=True, momentum=0.1, eps=1e-5, activation=activation, drop_p=case.variant.drop_p,
         )  # fmt: skip
 
+    pool = case.pool_layer()
+
+    def reference(activation: activations.Activation) -> Tensor:
+        output: Tensor = before_pool(activation) if pool is None else pool(before_pool(activation))
+        return output
+
     grad_output = inputs.grad_output
-    if activation.derivatives is not None:
-        with torch.no_grad():
-            before = reference(activations.IDENTITY)
-        grad_output = grad_output.masked_fill(before.abs() < KINK_WIDTH, 0)
+    with torch.no_grad():
+        if activation.derivatives is not None:
+            # Of max-pooling too: an activation of this kind nowhere falls, so that the largest values are the same.
+            grad_output = grad_output.masked_fill(reference(activations.IDENTITY).abs() < KINK_WIDTH, 0)
+        if pool is not None:
+            grad_output = grad_output.masked_fill(_is_tie(before_pool(activation), pool), 0)
     output = reference(activation)
     output.backward(grad_output.double())
     return _results(output, leaves), grad_output
+
+
+def _is_tie(input: Tensor, pool: nn.MaxPool2d) -> Tensor:
+    """For each window on `input` (N, C, H, W), whether its two largest elements are nearly the same."""
+    numbers = resolve(pool, 2)
+    assert numbers is not None
+    (height, width), (down, right) = numbers.output_size(input.shape[2:]), numbers.stride
+    top, left = numbers.padding
+    padded = F.pad(input, (left, left, top, top), value=-math.inf)
+    largest = second = input.new_full((*input.shape[:2], height, width), -math.inf)
+    for row, column in itertools.product(*map(range, numbers.kernel_size)):
+        these = padded[:, :, row : row + down * height : down, column : column + right * width : right]
+        second = torch.maximum(second, torch.minimum(largest, these))
+        largest = torch.maximum(largest, these)
+    return largest - second < TIE_WIDTH * largest.abs().clamp_min(1)
 
 
 def results_of(layer: nn.Module, inputs: Inputs, grad_output: Tensor) -> Results:

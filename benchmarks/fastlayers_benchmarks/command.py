@@ -42,7 +42,7 @@ ROUNDS = {"quick": 5, "default": 15, "full": 15, "gpu": 15}
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--quick", "grid", flag_value="quick", help="A few small shapes and few rounds: some two minutes.")
 @click.option("--full", "grid", flag_value="full", help="The product of all choices, which takes hours.")
-@click.option("--gpu", "grid", flag_value="gpu", help="Sixteen cases for a GPU, large tensors among them.")
+@click.option("--gpu", "grid", flag_value="gpu", help="Two dozen cases for a GPU, large tensors among them.")
 @click.option("--only", metavar="REGEX", default="", help="Cases whose name matches, such as 'channels_last.*p0.5'.")
 @click.option("--contender", "names", multiple=True, metavar="NAME", help="Only these, and eager. Repeatable.")
 @click.option(

@@ -17,7 +17,9 @@ from fastlayers_benchmarks.cases import Case, Variant
 
 EAGER = "eager"
 COMPILE = "compile"
+MAX_AUTOTUNE = "compile-max-autotune"
 FUSED_COMPILED = "fastlayers-compiled"
+FUSED_THEN_POOL = "fastlayers-then-pool"
 REFERENCE = "reference"
 
 #: The backends that are contenders of their own.
@@ -27,24 +29,29 @@ _ACT_LAYERS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class EagerChain(nn.Module):
-    """What the fused layers stand for, from torch's own: BatchNorm, residual add, activation, dropout.
+    """What the fused layers stand for, from torch's own: BatchNorm, residual add, activation, dropout, max-pool.
 
     What is not asked for is not there: no dropout for p = 0.
     """
 
-    def __init__(self, norm: nn.Module, act: nn.Module | None = None, drop: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        norm: nn.Module,
+        act: nn.Module | None = None,
+        drop: nn.Module | None = None,
+        pool: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.norm, self.act, self.drop = norm, act, drop
+        self.norm, self.act, self.drop, self.pool = norm, act, drop, pool
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The chain on `input`, and on `residual` of the same shape."""
         z = self.norm(input)
         if residual is not None:
             z = z + residual
-        if self.act is not None:
-            z = self.act(z)
-        if self.drop is not None:
-            z = self.drop(z)
+        for layer in (self.act, self.drop, self.pool):
+            if layer is not None:
+                z = layer(z)
         result: Tensor = z
         return result
 
@@ -54,7 +61,7 @@ def eager_layer(case: Case) -> nn.Module:
     v, channels, flat = case.variant, case.shape[1], len(case.shape) == 2
     norm = nn.BatchNorm1d(channels) if flat else nn.BatchNorm2d(channels)
     drop = (nn.Dropout(v.drop_p) if flat else nn.Dropout2d(v.drop_p)) if v.drop_p else None
-    return EagerChain(norm, _ACT_LAYERS[v.act](), drop)
+    return EagerChain(norm, _ACT_LAYERS[v.act](), drop, case.pool_layer())
 
 
 def fused_layer(case: Case) -> nn.Module:
@@ -62,7 +69,18 @@ def fused_layer(case: Case) -> nn.Module:
     v, channels = case.variant, case.shape[1]
     if len(case.shape) == 2:
         return fl.BatchNormAct1d(channels, act_layer=v.act, drop_p=v.drop_p, drop_mode="element")
-    return fl.BatchNormAct2d(channels, act_layer=v.act, drop_p=v.drop_p)
+    return fl.BatchNormAct2d(channels, act_layer=v.act, drop_p=v.drop_p, pool=case.pool_layer())
+
+
+def _then_pool(layer: nn.Module, case: Case) -> nn.Module:
+    """`layer`, and torch's max-pool behind it where `case` has one."""
+    pool = case.pool_layer()
+    return layer if pool is None else nn.Sequential(layer, pool)
+
+
+def _fused_then_pool(case: Case) -> nn.Module:
+    """The fused layer that has no max-pool, and torch's: what fusing the pool too is worth."""
+    return _then_pool(fused_layer(replace(case, variant=replace(case.variant, pool=None))), case)
 
 
 def _timm_layer(case: Case) -> nn.Module:
@@ -72,7 +90,7 @@ def _timm_layer(case: Case) -> nn.Module:
     v = case.variant
     drop = partial(nn.Dropout2d, p=v.drop_p) if v.drop_p else None
     layer: nn.Module = BatchNormAct2d(case.shape[1], act_layer=v.act, drop_layer=drop)
-    return layer
+    return _then_pool(layer, case)
 
 
 def _timm_can(case: Case) -> bool:
@@ -127,11 +145,12 @@ def contenders(device: torch.device) -> list[Contender]:
         Contender(COMPILE, _compiled(eager_layer), same_mask=False),
         *(_fused(name_of(name), name, device) for name in _compiled_backends(device)),
         Contender(FUSED_COMPILED, _compiled(fused_layer), same_mask=False),
+        Contender(FUSED_THEN_POOL, _fused_then_pool, can=lambda case: bool(case.variant.pool)),
         Contender(REFERENCE, fused_layer, REFERENCE),
     ]
     if device.type == "cuda":
-        # On CPU the mode tunes matrix products and convolutions only, of which these layers have none.
-        found.append(Contender("compile-max-autotune", _compiled(eager_layer, mode="max-autotune"), same_mask=False))
+        # On CPU the mode tunes matrix products and convolutions only, of which these layers have none; see `steps`.
+        found.append(Contender(MAX_AUTOTUNE, _compiled(eager_layer, mode="max-autotune"), same_mask=False))
         replayed = (EAGER, COMPILE, fused_contender(device))
         found += [
             replace(c, name=f"{c.name}-graph", same_mask=False, graph=True) for c in list(found) if c.name in replayed
@@ -145,7 +164,7 @@ def why_not(device: torch.device) -> dict[str, str]:
     """The contenders that do not run on `device`, and why."""
     reasons = {name_of(name): error for name in BACKENDS if (error := _error_of(name, device))}
     if device.type != "cuda":
-        reasons["compile-max-autotune"] = "on CPU the mode tunes matrix products and convolutions only"
+        reasons[MAX_AUTOTUNE] = "single layers: on CPU the mode tunes matrix products and convolutions only"
         reasons |= dict.fromkeys(("eager-graph", "compile-graph", "fastlayers-cuda-graph"), "CUDA graphs need a GPU")
     if not importlib.util.find_spec("timm"):
         reasons["timm"] = "not installed"

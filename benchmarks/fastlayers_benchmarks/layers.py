@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ def measure_case(
     return [
         Row(
             case.name,
-            {"shape": list(case.shape), "layout": case.layout, **asdict(case.variant)},
+            case.about,
             phase,
             {
                 name: Outcome(

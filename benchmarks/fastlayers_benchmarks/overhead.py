@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fastlayers as fl
-from fastlayers_benchmarks.cases import PHASES, Case, Inputs, Variant, make_inputs
+from fastlayers_benchmarks.cases import PHASES, Case, Inputs, Variant, Window, make_inputs
 from fastlayers_benchmarks.contenders import Contender, eager_layer, fused_layer
 from fastlayers_benchmarks.layers import Entrant
 from fastlayers_benchmarks.timing import measure, quantiles
@@ -32,6 +32,14 @@ class Comparison:
     theirs: Callable[[Case], nn.Module]
     ours: Callable[[Case], nn.Module]
     drop_p: float = 0.0
+    pool: Window | None = None
+
+    def case(self, shape: tuple[int, ...]) -> Case | None:
+        """The case of `shape`; None where there is nothing to pool."""
+        pool = self.pool
+        if pool and (len(shape) < 4 or min(shape[2:]) < pool[0]):
+            return None
+        return Case(shape, variant=Variant(drop_p=self.drop_p, pool=pool))
 
 
 def _norm(rank_2: type[nn.Module], rank_4: type[nn.Module]) -> Callable[[Case], nn.Module]:
@@ -42,6 +50,7 @@ COMPARISONS = (
     Comparison("BatchNorm", _norm(nn.BatchNorm1d, nn.BatchNorm2d), _norm(fl.BatchNorm1d, fl.BatchNorm2d)),
     Comparison("BatchNorm, ReLU", eager_layer, fused_layer),
     Comparison("BatchNorm, ReLU, dropout", eager_layer, fused_layer, 0.5),
+    Comparison("BatchNorm, ReLU, dropout, max-pool", eager_layer, fused_layer, 0.5, (2, 2, 0)),
 )
 
 
@@ -90,7 +99,9 @@ def main(rounds: int, compiled: bool, shapes: tuple[str, ...]) -> None:
     click.echo(f"| :-- | :-- |{' --: |' * len(PHASES)}")
     for comparison in COMPARISONS:
         for shape in [_parsed(text) for text in shapes] or SHAPES:
-            case = Case(shape, variant=Variant(drop_p=comparison.drop_p))
+            case = comparison.case(shape)
+            if case is None:
+                continue
             cells = " | ".join(_row(comparison, case, rounds, compiled))
             click.echo(f"| {comparison.name} | {'x'.join(map(str, shape))} | {cells} |")
 

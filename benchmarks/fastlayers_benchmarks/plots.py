@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from fastlayers.writing import write_whole
 from fastlayers_benchmarks import steps
 from fastlayers_benchmarks.cases import PHASES
-from fastlayers_benchmarks.contenders import COMPILE, EAGER, FUSED_COMPILED
+from fastlayers_benchmarks.contenders import COMPILE, EAGER, FUSED_COMPILED, MAX_AUTOTUNE
 from fastlayers_benchmarks.record import STEP, Record, Row, Setting
 from fastlayers_benchmarks.summary import milliseconds
 
@@ -24,6 +26,7 @@ LAYOUT_COLOURS = {"contiguous": "#1f4e79", "channels_last": "#2a9d8f"}
 STEP_COLOURS = {
     EAGER: COLOURS[EAGER],
     COMPILE: COLOURS[COMPILE],
+    MAX_AUTOTUNE: "#b5651d",
     steps.FUSED: "#2a9d8f",
     FUSED_COMPILED: "#6a4c93",
     steps.WITHOUT: "#8a8a8a",
@@ -34,7 +37,6 @@ Draw = Callable[[Setting, Sequence[Row]], Figure | None]
 
 def save(record: Record, folder: Path) -> list[Path]:
     """Writes PNGs and returns their paths: one of each kind per setting and phase, as far as it was measured."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for setting in record.settings:
         for phase in (*PHASES, STEP):
@@ -46,7 +48,9 @@ def save(record: Record, folder: Path) -> list[Path]:
                 name = re.sub(r"\W+", "-", f"{kind} {phase} {setting.title}").strip("-")
                 paths.append(folder / f"{name}.png")
                 FigureCanvasAgg(figure)
-                figure.savefig(paths[-1], dpi=110)
+                content = io.BytesIO()
+                figure.savefig(content, format="png", dpi=110)
+                write_whole(paths[-1], content.getbuffer())
     return paths
 
 
@@ -112,13 +116,17 @@ def _draw_roofline(setting: Setting, rows: Sequence[Row]) -> Figure | None:
         ratio = row.ratio(setting.fastlayers)
         colour = LOSS if ratio and ratio.median < 1 else LAYOUT_COLOURS[row.about["layout"]]
         marker = DTYPE_MARKERS[row.about["dtype"]]
-        axes.plot((row.tensor_bytes or 0) / 2**20, bandwidth / 1e9, marker, color=colour, markersize=6, alpha=0.75)
+        fill = "none" if row.about.get("pool") else "full"
+        size = (row.tensor_bytes or 0) / 2**20
+        axes.plot(size, bandwidth / 1e9, marker, color=colour, markersize=6, alpha=0.75, fillstyle=fill)
     roof = sorted(((row.tensor_bytes or 0) / 2**20, (row.copy_rate or 0) / 1e9) for row, _ in found)
     axes.plot(*zip(*roof, strict=True), "_", color="black", markersize=9, label="copy of such a tensor")
     for layout, colour in LAYOUT_COLOURS.items():
         axes.plot([], [], "s", color=colour, label=layout)
     for dtype, marker in DTYPE_MARKERS.items():
         axes.plot([], [], marker, color="grey", label=dtype)
+    if any(row.about.get("pool") for row, _ in found):
+        axes.plot([], [], "o", color="grey", fillstyle="none", label="with max-pool")
     axes.plot([], [], "s", color=LOSS, label="slower than eager")
     axes.set(xlabel="one tensor, MiB", ylabel="GB/s by the design's passes", xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
@@ -141,7 +149,7 @@ def _draw_steps(setting: Setting, rows: Sequence[Row]) -> Figure | None:
             ratio = row.ratio(EAGER, to=name)
             if ratio is None:
                 continue
-            lost = ratio.median > 1 and name not in (EAGER, COMPILE)
+            lost = ratio.median > 1 and name not in (EAGER, *steps.COMPILES)
             colour = LOSS if lost else STEP_COLOURS[name]
             middle = place + (number - (len(names) - 1) / 2) * width
             spread = [[ratio.median - ratio.q20], [ratio.q80 - ratio.median]]

@@ -5,17 +5,26 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
+import types
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastlayers.writing import write_whole
 from fastlayers_benchmarks.contenders import EAGER
 from fastlayers_benchmarks.timing import Quantiles, outliers, quantiles
 
 FORMAT = 1
 
 STEP = "training step"  # the phase of what is not a single layer
+
+# The full grid, with hundreds of rounds.
+_MOST_BYTES = 256 << 20
+# By whether a row is of a step: what its `about` has at least.
+_ABOUT = {False: {"shape", "layout", "dtype", "drop_p", "act", "residual"}, True: {"model", "layout"}}
 
 
 class RecordError(ValueError):
@@ -60,8 +69,8 @@ class Row:
 
     Attributes:
         case: its name.
-        about: what the case is made of, by which rows are put together: shape, layout, dtype, drop_p, act, residual; or
-            model and layout.
+        about: what the case is made of, by which rows are put together: shape, layout, dtype, drop_p, act, residual,
+            pool (older records have none); or model and layout.
         phase: forward, forward+backward, eval, or training step.
         passes: reads and writes of full-size tensors, each `tensor_bytes` long, that the design needs for one call.
         copy_rate: bytes read and written per second by a copy of such a tensor.
@@ -142,8 +151,7 @@ class Record:
             for row in setting["rows"]:
                 for name, outcome in row["outcomes"].items():
                     row["outcomes"][name] = _with_summary(outcome)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def _with_summary(outcome: dict[str, Any]) -> dict[str, Any]:
@@ -159,15 +167,23 @@ def load(path: Path) -> Record:
         RecordError: the file is none, or of another format.
     """
     try:
-        content = json.loads(path.read_text())
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            raise RecordError(f"it has {size} bytes, more than {_MOST_BYTES}")
+        content = json.loads(path.read_bytes())
         if content.pop("format") != FORMAT:
-            raise RecordError(f"{path}: expected a record of format {FORMAT}")
-        content["settings"] = [_setting(setting) for setting in content["settings"]]
-        return Record(**content)
-    except RecordError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RecordError(f"expected a record of format {FORMAT}")
+        for setting in content["settings"]:
+            for row in setting["rows"]:
+                for outcome in row["outcomes"].values():
+                    outcome.pop("summary", None)
+        record: Record = _typed(Record, content, "")
+        for setting in record.settings:
+            for row in setting.rows:
+                _check_row(row)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecordError(f"{path}: no record of fastlayers bench ({type(error).__name__}: {error})") from error
+    return record
 
 
 def merged(records: Sequence[Record]) -> Record:
@@ -191,13 +207,41 @@ def merged(records: Sequence[Record]) -> Record:
     return dataclasses.replace(first, options=options, settings=settings)
 
 
-def _setting(content: dict[str, Any]) -> Setting:
-    return Setting(**content | {"rows": [_row(row) for row in content["rows"]]})
+def _check_row(row: Row) -> None:
+    """Raises RecordError where the row's numbers are none that a measurement gives."""
+    samples = [outcome.samples for outcome in row.outcomes.values()]
+    if len({len(each) for each in samples}) > 1 or not all(samples):
+        raise RecordError(f"{row.case}, {row.phase}: expected as many samples of each contender")
+    if not all(0 < sample < math.inf for each in samples for sample in each):
+        raise RecordError(f"{row.case}, {row.phase}: expected samples above 0, in seconds")
+    missing = _ABOUT[row.phase == STEP] - row.about.keys()
+    if missing:
+        raise RecordError(f"{row.case}, {row.phase}: expected what it is about, found no {', '.join(sorted(missing))}")
 
 
-def _row(content: dict[str, Any]) -> Row:
-    outcomes = {
-        name: Outcome(**{key: value for key, value in outcome.items() if key != "summary"})
-        for name, outcome in content["outcomes"].items()
-    }
-    return Row(**content | {"outcomes": outcomes})
+def _typed(kind: Any, content: Any, where: str) -> Any:
+    """What JSON holds as an object of a type, such as a dataclass of lists of dataclasses.
+
+    Raises RecordError, which names the place, where it is of another type.
+    """
+    if kind is Any:
+        return content
+    if isinstance(kind, types.UnionType):  # T | None
+        return None if content is None else _typed(typing.get_args(kind)[0], content, where)
+    outer = typing.get_origin(kind) or kind
+    expected = dict if dataclasses.is_dataclass(outer) else (int, float) if outer is float else outer
+    if not isinstance(content, expected) or isinstance(content, bool):
+        raise RecordError(f"{where or 'the file'}: expected {getattr(kind, '__name__', kind)}, found {content!r:.40}")
+    if dataclasses.is_dataclass(outer):
+        hints = typing.get_type_hints(outer)
+        unknown = content.keys() - hints.keys()
+        if unknown:
+            raise RecordError(f"{where or 'the file'}: unknown: {', '.join(sorted(unknown))}")
+        return outer(**{name: _typed(hints[name], value, f"{where}.{name}") for name, value in content.items()})
+    if outer is list:
+        (of,) = typing.get_args(kind)
+        return [_typed(of, value, f"{where}[{i}]") for i, value in enumerate(content)]
+    if outer is dict:
+        _, of = typing.get_args(kind)
+        return {name: _typed(of, value, f"{where}.{name}") for name, value in content.items()}
+    return float(content) if outer is float else content

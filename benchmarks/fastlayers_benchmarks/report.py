@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from fastlayers.writing import write_whole
 from fastlayers_benchmarks import summary
 from fastlayers_benchmarks.record import Record
 from fastlayers_benchmarks.summary import Cell, Table
@@ -67,8 +68,7 @@ def save_markdown(record: Record, path: Path, pictures: list[Path]) -> None:
         parts.append("## Not measured\n\n" + "\n".join(f"- {line}" for line in missing))
     folder = path.parent.resolve()
     parts += [f"![{p.stem}]({os.path.relpath(p.resolve(), folder)})" for p in pictures]
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(parts) + "\n")
+    write_whole(path, "\n\n".join(parts) + "\n")
 
 
 def _markdown_table(table: Table) -> str:

@@ -14,12 +14,14 @@ from fastlayers.experiments.memory import bytes_saved_by
 from fastlayers.models import CNN, LayerKit, Style, fused_layers, res18, torch_layers
 from fastlayers.models.layers import dense_style
 from fastlayers_benchmarks.cases import LAYOUTS, SEED
-from fastlayers_benchmarks.contenders import COMPILE, EAGER, FUSED_COMPILED, EagerChain
+from fastlayers_benchmarks.contenders import COMPILE, EAGER, FUSED_COMPILED, MAX_AUTOTUNE, EagerChain
 from fastlayers_benchmarks.memory import peak_bytes
 from fastlayers_benchmarks.record import STEP, Outcome, Row
 from fastlayers_benchmarks.timing import Quantiles, Run, measure, quantiles
 
 FUSED = "fastlayers"
+# What torch.compile makes of torch's model. Its mode that tunes convolutions takes longer to compile.
+COMPILES = (COMPILE, MAX_AUTOTUNE)
 # torch's model with the layers left out that this library fuses. What it saves is their share of the step.
 WITHOUT = "without"
 
@@ -34,34 +36,45 @@ class StandIn(nn.Module):
     """Costs nothing, but gives what follows the data that it would have had.
 
     Records the output of `chain` in its first call, then drops it, gives that output from then on, and hands gradients
-    through. An identity would not do: max-pooling on CPU takes up to twice as long where there are no zeros and no
-    equal neighbours, and convolutions would see exploding values.
+    through; where the chain ends in a max-pool, whose output is smaller, it gives a gradient recorded like the output.
+    An identity would not do: max-pooling on CPU takes up to twice as long where there are no zeros and no equal
+    neighbours, and convolutions would see exploding values.
     """
 
     def __init__(self, chain: nn.Module) -> None:
         super().__init__()
         self.chain: nn.Module | None = chain
         self.output: Tensor | None = None
+        self.grad_input: Tensor | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.chain is not None:
-            with torch.no_grad():
-                self.output = self.chain(input, residual)
+            self._record(self.chain, input, residual)
             self.chain = None
         result: Tensor = _HandThrough.apply(input, residual, self)
         return result
+
+    def _record(self, chain: nn.Module, input: Tensor, residual: Tensor | None) -> None:
+        with torch.enable_grad():
+            leaf = input.detach().requires_grad_()
+            output = chain(leaf, residual)
+        self.output = output.detach()
+        if output.shape != input.shape:
+            # As large as that of a mean over the batch.
+            (self.grad_input,) = torch.autograd.grad(output, leaf, torch.randn_like(output) / len(output))
 
 
 class _HandThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, residual: Tensor | None, stand_in: StandIn) -> Tensor:
         assert stand_in.output is not None
+        ctx.grad_input = stand_in.grad_input
         # An alias: autograd marks what is returned here as the result of this call.
         return stand_in.output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grad_outputs
+        grad = grad_outputs[0] if ctx.grad_input is None else ctx.grad_input.detach()
         return grad, grad if ctx.needs_input_grad[1] else None, None
 
 
@@ -71,13 +84,14 @@ def _without(run: str, features: int, style: Style) -> dict[str, nn.Module]:
     return {"norm": StandIn(EagerChain(**layers))} if "norm" in layers else layers
 
 
-# Name: whose layers, and whether compiled.
-CONTENDERS: dict[str, tuple[LayerKit, bool]] = {
-    EAGER: (torch_layers, False),
-    COMPILE: (torch_layers, True),
-    FUSED: (fused_layers, False),
-    FUSED_COMPILED: (fused_layers, True),
-    WITHOUT: (_without, False),
+# Name: whose layers, and in which mode compiled, if at all.
+CONTENDERS: dict[str, tuple[LayerKit, str | None]] = {
+    EAGER: (torch_layers, None),
+    COMPILE: (torch_layers, "default"),
+    MAX_AUTOTUNE: (torch_layers, "max-autotune"),
+    FUSED: (fused_layers, None),
+    FUSED_COMPILED: (fused_layers, "default"),
+    WITHOUT: (_without, None),
 }
 
 
@@ -93,6 +107,11 @@ def build_mlp(layers: LayerKit) -> nn.Sequential:
 def build_cnn(layers: LayerKit) -> nn.Module:
     """Study A's CNN, smaller: (N, 3, 32, 32) to logits (N, 10)."""
     return CNN(channels=CNN_CHANNELS, layers=layers)
+
+
+def build_cnn_3x3(layers: LayerKit) -> nn.Module:
+    """The same with kernels of 3 pixels instead of 5 and 7: convolutions take less of its steps."""
+    return CNN(channels=CNN_CHANNELS, kernels=3, layers=layers)
 
 
 def build_resnet18(layers: LayerKit) -> nn.Module:
@@ -133,6 +152,7 @@ def step_cases(quick: bool = False) -> list[StepCase]:
     return [
         mlp,
         *(StepCase("cnn", build_cnn, (100, *images), _adam, layout) for layout in LAYOUTS),
+        *(StepCase("cnn-3x3", build_cnn_3x3, (100, *images), _adam, layout) for layout in LAYOUTS),
         *(StepCase("resnet18", build_resnet18, (64, *images), _sgd, layout) for layout in LAYOUTS),
     ]
 
@@ -141,7 +161,7 @@ class Step:
     """A model in training on one batch of random images."""
 
     def __init__(self, case: StepCase, contender: str, device: torch.device) -> None:
-        layers, compiled = CONTENDERS[contender]
+        layers, mode = CONTENDERS[contender]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             model, images = case.build(layers), torch.randn(case.shape)
@@ -158,7 +178,7 @@ class Step:
         self._labels = torch.arange(case.shape[0], device=device) % CLASSES
         self._parameters = list(model.parameters())
         self._optimizer = case.optimizer(model)
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(model, fullgraph=True) if compiled else model
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(model, fullgraph=True, mode=mode) if mode else model
 
     def loss(self) -> Tensor:
         """The loss of the batch."""

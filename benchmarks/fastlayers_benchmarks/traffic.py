@@ -20,6 +20,18 @@ statistics, and for the gradient of the input. In channels_last a cache line hol
   output's gradient.
 - Evaluation: input, and residual, are read once, and the output is written.
 
+With max-pool at the end nothing is of the full size but the input, read for the statistics, for the output and in
+backward, and its gradient. What is pooled counts by its size, f of the full one: 1/4 for windows of 2 by 2, 0.12 for
+those of 5 with stride 3 on (32, 32). Forward writes the output, and for backward the largest element of each window and
+its position, of one byte: f (2 + 1 / bytes of an element) in all. Backward reads as much: the output's gradient and
+both of those, kept planes only in contiguous tensors; that it reads them again for its second walk is not counted, for
+they fit on chip sooner than the input. So, with P for these passes over what is pooled:
+
+| forward + backward in training, with max-pool | contiguous | channels_last |
+|---|---|---|
+| data kept on chip between the two walks | 3 + P (2 - p) | 3 + 2 P |
+| data read again for the second walk | 3 + (1 - p) + P (2 - p) | 4 + 2 P |
+
 What is on chip: a channel of a contiguous tensor where the input and its gradient of that channel fit in the
 second-level cache of a core, that is where a channel fits in half of it; a channels_last tensor where both fit as a
 whole in the caches of the threads: their second-level caches and their share of the third. On a GPU the
@@ -28,6 +40,7 @@ second-level cache is all there is, of which a channel in work has an equal shar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -79,9 +92,14 @@ def passes(case: Case, phase: Phase, on_chip: bool) -> float:
     """Reads and writes of full-size tensors in one call."""
     residual = case.variant.residual
     if phase == "eval":
-        return 2.0 + residual
+        return 1.0 + residual + math.prod(case.output_shape) / case.elements
     read = 1.0 if _by_rows(case) else 1 - case.variant.drop_p  # the share that a walk reads of what is dropped
     again = 0.0 if on_chip else 1.0
+    if case.variant.pool:
+        # The output, or its gradient; the largest elements; their positions.
+        pooled = math.prod(case.output_shape) / case.elements * (2 + 1 / case.itemsize)
+        forward = 1 + read * again + pooled
+        return forward if phase == "forward" else forward + read * pooled + 2
     forward = 1 + read * again + 1 + read * residual
     if phase == "forward":
         return forward

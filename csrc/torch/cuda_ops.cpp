@@ -4,31 +4,10 @@
 
 #if FASTLAYERS_HAVE_CUDA
 
-#include "../kernels/common/activations.h"
-#include "../kernels/cuda/plan.h"
-#include "gpu.h"
+#include "cuda_calls.h"
 
 namespace fastlayers::cuda_ops {
-
-// The CPU's types of the same names are one namespace further out.
-using cuda::ActivationCall, cuda::BackwardArgs, cuda::ChannelSource, cuda::ChannelTarget, cuda::Device,
-    cuda::DropoutArgs, cuda::Error, cuda::ForwardArgs, cuda::Keep, cuda::Plan, cuda::Stream;
-
 namespace {
-
-void check(Error error, const std::string& what) {
-  STD_TORCH_CHECK(error == 0, "fastlayers: a CUDA kernel could not be launched: ", cuda::error_text(error), " (", what,
-                  ")");
-}
-
-// Groups and runs of rows are counted in 31 bits.
-void check_size(const Shape& shape) {
-  const std::int64_t groups = shape.rows ? shape.count_per_channel() : shape.batch * cuda::groups_per_plane(shape);
-  constexpr std::int64_t kLimit = (std::int64_t{1} << 31) - (1 << 20);
-  STD_TORCH_CHECK(
-      groups < kLimit && shape.channels < kLimit / cuda::kMaxRowsPerRun, "input should have less than ", kLimit,
-      shape.rows ? " positions in all its samples, not " : " groups of 8 elements in a channel, not ", groups);
-}
 
 Shape checked_shape(const Tensor& output) {
   const Shape shape = shape_of(output);
@@ -36,68 +15,10 @@ Shape checked_shape(const Tensor& output) {
   return shape;
 }
 
-ActivationCall activation_call(std::int64_t kind, const std::vector<double>& params) {
-  check_activation(kind, params);
-  ActivationCall call;
-  call.kind = static_cast<Activation>(kind);
-  for (std::size_t i = 0; i < params.size(); ++i) call.params[i] = params[i];
-  return call;
-}
-
-// What a mask means: a value per sample and channel, or the seed of a value per element.
-Keep keep_of(const Tensor& input, const OptionalTensor& mask, double scale) {
-  Keep keep;
-  if (!mask) return keep;
-  check_same_device("mask", *mask, input);
-  STD_TORCH_CHECK(mask->is_contiguous(), "mask should be contiguous");
-  keep.scale = scale;
-  if (mask->scalar_type() == ScalarType::Long) {
-    STD_TORCH_CHECK(mask->numel() == 1, "a mask of elements should be a seed, one int64, not ", mask->numel());
-    keep.seed = static_cast<const std::int64_t*>(mask->const_data_ptr());
-    return keep;
-  }
-  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool || mask->scalar_type() == input.scalar_type(),
-                  "mask should be bool or of the dtype of input");
-  STD_TORCH_CHECK(input.dim() >= 2 && mask->numel() == input.size(0) * input.size(1),
-                  "mask should have an element for each sample and channel, not ", mask->numel());
-  keep.planes = mask->const_data_ptr();
-  keep.plane_bytes = static_cast<int>(mask->element_size());
-  return keep;
-}
-
-ChannelSource channel_source(const OptionalTensor& t) {
-  if (!t) return {};
-  return {t->const_data_ptr(), storage_dtype(*t), t->stride(0)};
-}
-ChannelTarget channel_target(const OptionalTensor& t) {
-  if (!t || t->numel() == 0) return {};
-  return {t->mutable_data_ptr(), storage_dtype(*t), t->stride(0)};
-}
-
-std::int64_t* batch_counter(const OptionalTensor& num_batches_tracked, const Tensor& input) {
-  if (!num_batches_tracked) return nullptr;
-  check_same_device("num_batches_tracked", *num_batches_tracked, input);
-  STD_TORCH_CHECK(num_batches_tracked->scalar_type() == ScalarType::Long && num_batches_tracked->numel() == 1,
-                  "num_batches_tracked should be one int64");
-  return static_cast<std::int64_t*>(num_batches_tracked->mutable_data_ptr());
-}
-
-void check_input(const Tensor& input) {
-  STD_TORCH_CHECK(input.dim() >= 2, "input should have at least 2 dimensions (N, C, ...), not ", input.dim());
-}
-
 // A seed's elements go by their places in the memory of the output. Where the kernels write another order, which is
 // copied over it, dropout is a step of its own.
 bool drops_apart(const Shape& shape, const Tensor& output, const Keep& keep) {
   return keep.seed && !is_in_order(shape, output);
-}
-
-// Runs what was planned, in workspace of torch's.
-template <class Args>
-void run(Error (*kernels)(const Args&, const Plan&, void*, Stream), const Args& args, const Plan& plan,
-         const Tensor& input, const Gpu& gpu) {
-  Tensor workspace = empty_vector(input, static_cast<std::int64_t>(plan.workspace_bytes), ScalarType::Byte);
-  check(kernels(args, plan, workspace.mutable_data_ptr(), gpu.stream()), cuda::describe(plan));
 }
 
 }  // namespace
@@ -108,15 +29,8 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
                                double eps, std::int64_t activation, std::vector<double> activation_params,
                                double drop_scale, bool save_flat_bits) {
   check_input(input);
-  check_channel_vector("weight", weight, input);
-  check_channel_vector("bias", bias, input);
-  check_channel_vector("running_mean", running_mean, input);
-  check_channel_vector("running_var", running_var, input);
-  STD_TORCH_CHECK(training || (running_mean && running_var),
-                  "running_mean and running_var must be defined in evaluation mode");
-  const bool tracks = training && running_mean;
-  STD_TORCH_CHECK(!tracks || momentum || num_batches_tracked,
-                  "momentum should be a number, not None, without num_batches_tracked");
+  const ForwardChannels channels{weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps};
+  channels.check(input);
   if (residual) check_full_size("residual", *residual, input);
 
   const Gpu gpu(input);
@@ -131,12 +45,9 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
   args.dtype = storage_dtype(input);
   args.activation = activation_call(activation, activation_params);
   args.keep = keep_of(input, mask, drop_scale);
-  args.num_batches_tracked = tracks ? batch_counter(num_batches_tracked, input) : nullptr;
+  channels.set(args, input, mean, invstd);
   if (input.numel() == 0) {
-    // As torch: statistics of nothing leave the running ones as they are.
-    torch::stable::zero_(mean);
-    torch::stable::zero_(invstd);
-    if (args.num_batches_tracked) check(cuda::count_batch(args.num_batches_tracked, gpu.stream()), "counting a batch");
+    forward_of_nothing(args, mean, invstd, gpu);
     return {output, mean, invstd, flat_bits};
   }
   const bool apart = drops_apart(shape, output, args.keep);
@@ -148,17 +59,8 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
   Output out(shape, output);
   args.output = out.target();
   args.flat_bits = save_flat_bits ? static_cast<std::uint8_t*>(flat_bits.mutable_data_ptr()) : nullptr;
-  args.weight = channel_source(weight);
-  args.bias = channel_source(bias);
-  args.running_mean = channel_target(running_mean);
-  args.running_var = channel_target(running_var);
-  args.training = training;
-  args.cumulative = tracks && !momentum;
-  args.momentum = momentum.value_or(0);
-  args.eps = eps;
-  args.mean = static_cast<double*>(mean.mutable_data_ptr());
-  args.invstd = static_cast<double*>(invstd.mutable_data_ptr());
-  run(cuda::batch_norm_act_forward, args, cuda::plan_forward(args, Gpu::sizes(input)), input, gpu);
+  const Plan plan = cuda::plan_forward(args, Gpu::sizes(input));
+  run(cuda::batch_norm_act_forward, args, plan, plan.workspace_bytes, input, gpu);
   out.finish();
   return {apart ? dropout(output, *mask, drop_scale) : output, mean, invstd, flat_bits};
 }
@@ -171,21 +73,17 @@ FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor 
   check_input(input);
   check_full_size("grad_output", grad_output, input);
   if (residual) check_full_size("residual", *residual, input);
-  check_channel_vector("weight", weight, input);
-  check_channel_vector("bias", bias, input);
-  check_saved_statistics("mean", mean, input);
-  check_saved_statistics("invstd", invstd, input);
+  const BackwardChannels channels{weight, bias, mean, invstd, training};
+  channels.check(input);
 
   const Gpu gpu(input);
   // Its strides decide the layout even where the gradient itself is not wanted.
   Tensor grad_input = torch::stable::empty_like(input);
   const Shape shape = checked_shape(grad_input);
-  const auto none = [&] { return empty_vector(input, 0, ScalarType::Double); };
-  const auto channel_gradient = [&](const OptionalTensor& parameter) {
-    return affine_grad && parameter ? empty_vector(input, shape.channels, parameter->scalar_type()) : none();
-  };
+  const auto none = [&] { return empty_vector(input, 0, input.scalar_type()); };
   Tensor grad_residual = residual_grad ? torch::stable::empty_like(input) : none();
-  Tensor grad_weight = channel_gradient(weight), grad_bias = channel_gradient(bias);
+  Tensor grad_weight = channels.empty_gradient(weight, affine_grad);
+  Tensor grad_bias = channels.empty_gradient(bias, affine_grad);
   if (input.numel() == 0) {
     torch::stable::zero_(grad_weight);
     torch::stable::zero_(grad_bias);
@@ -215,14 +113,9 @@ FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor 
   std::optional<Output> input_out, residual_out;
   if (input_grad) args.grad_input = input_out.emplace(shape, grad_input).target();
   if (residual_grad) args.grad_residual = residual_out.emplace(shape, grad_residual).target();
-  args.grad_weight = channel_target(grad_weight);
-  args.grad_bias = channel_target(grad_bias);
-  args.weight = channel_source(weight);
-  args.bias = channel_source(bias);
-  args.mean = static_cast<const double*>(mean.const_data_ptr());
-  args.invstd = static_cast<const double*>(invstd.const_data_ptr());
-  args.training = training;
-  run(cuda::batch_norm_act_backward, args, cuda::plan_backward(args, Gpu::sizes(input)), input, gpu);
+  channels.set(args, grad_weight, grad_bias);
+  const Plan plan = cuda::plan_backward(args, Gpu::sizes(input));
+  run(cuda::batch_norm_act_backward, args, plan, plan.workspace_bytes, input, gpu);
   if (input_out) input_out->finish();
   if (residual_out) residual_out->finish();
   return {input_grad ? grad_input : none(), grad_weight, grad_bias, grad_residual};

@@ -6,6 +6,7 @@
 #include "../kernels/cpu/kernels.h"
 #include "../kernels/cuda/plan.h"
 #include "batch_norm_act.h"
+#include "batch_norm_act_pool.h"
 #include "cuda_ops.h"
 #include "draw_mask.h"
 #include "dropout.h"
@@ -66,6 +67,8 @@ STABLE_TORCH_LIBRARY(fastlayers, m) {
   namespace schemas = fastlayers::schemas;
   m.def(schemas::batch_norm_act_fwd);
   m.def(schemas::batch_norm_act_bwd);
+  m.def(schemas::batch_norm_act_pool_fwd);
+  m.def(schemas::batch_norm_act_pool_bwd);
   m.def(schemas::dropout);
   m.def(schemas::pack_mask);
   m.def(schemas::unpack_mask);
@@ -84,6 +87,8 @@ STABLE_TORCH_LIBRARY(fastlayers, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastlayers, CPU, m) {
   m.impl("batch_norm_act_fwd", TORCH_BOX(&fastlayers::batch_norm_act_fwd));
   m.impl("batch_norm_act_bwd", TORCH_BOX(&fastlayers::batch_norm_act_bwd));
+  m.impl("batch_norm_act_pool_fwd", TORCH_BOX(&fastlayers::batch_norm_act_pool_fwd));
+  m.impl("batch_norm_act_pool_bwd", TORCH_BOX(&fastlayers::batch_norm_act_pool_bwd));
   m.impl("dropout", TORCH_BOX(&fastlayers::dropout));
   m.impl("pack_mask", TORCH_BOX(&fastlayers::pack_mask));
   m.impl("unpack_mask", TORCH_BOX(&fastlayers::unpack_mask));
@@ -95,6 +100,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastlayers, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastlayers, CUDA, m) {
   m.impl("batch_norm_act_fwd", TORCH_BOX(&fastlayers::cuda_ops::batch_norm_act_fwd));
   m.impl("batch_norm_act_bwd", TORCH_BOX(&fastlayers::cuda_ops::batch_norm_act_bwd));
+  m.impl("batch_norm_act_pool_fwd", TORCH_BOX(&fastlayers::cuda_ops::batch_norm_act_pool_fwd));
+  m.impl("batch_norm_act_pool_bwd", TORCH_BOX(&fastlayers::cuda_ops::batch_norm_act_pool_bwd));
   m.impl("dropout", TORCH_BOX(&fastlayers::cuda_ops::dropout));
   m.impl("unpack_mask", TORCH_BOX(&fastlayers::cuda_ops::unpack_mask));
   m.impl("element_mask", TORCH_BOX(&fastlayers::cuda_ops::element_mask));

@@ -236,12 +236,6 @@ std::vector<double> channel_values(const OptionalTensor& t, std::int64_t channel
   return values;
 }
 
-void torch_parallel_for(std::int64_t count, std::int64_t grain, const void* context,
-                        void (*task)(const void* context, std::int64_t begin, std::int64_t end)) {
-  torch::stable::parallel_for(0, count, grain,
-                              [=](std::int64_t begin, std::int64_t end) { task(context, begin, end); });
-}
-
 void check_channel_vector(const char* name, const OptionalTensor& t, const Tensor& input) {
   if (!t) return;
   const std::int64_t channels = input.size(1);

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from fastlayers.data.files import DataError, FileCheck, read_checked
+
+# For headers, padding and what else is in an official archive, besides as much again as its files.
+_ROOM = 1 << 20
 
 
 def unpack(archive: Path, prefix: str, folder: Path, files: Mapping[str, FileCheck]) -> None:
@@ -33,9 +39,27 @@ def unpack(archive: Path, prefix: str, folder: Path, files: Mapping[str, FileChe
         raise DataError(f"{archive}: could not be unpacked into {folder}: {error}") from error
 
 
+class _Limited(io.RawIOBase):
+    """A stream that ends with DataError where it is longer than it may be, so that nobody waits for a bomb."""
+
+    def __init__(self, stream: IO[bytes], most: int, archive: Path) -> None:
+        self.stream, self.left, self.most, self.archive = stream, most, most, archive
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        content = self.stream.read(self.left + 1 if size < 0 else min(size, self.left + 1))
+        self.left -= len(content)
+        if self.left < 0:
+            raise DataError(f"{self.archive}: expected at most {self.most} bytes in it, found more")
+        return content
+
+
 def _extract(archive: Path, prefix: str, files: Mapping[str, FileCheck], target: Path) -> None:
     wanted = {f"{prefix}/{name}": check for name, check in files.items()}
-    with tarfile.open(archive, "r:gz") as tar:
+    most = _ROOM + 2 * sum(check.size for check in files.values())
+    with gzip.open(archive) as unpacked, tarfile.open(fileobj=_Limited(unpacked, most, archive), mode="r|") as tar:
         for member in tar:
             expected = wanted.pop(member.name, None)
             if expected is None:

@@ -81,7 +81,6 @@ def quickstart(
         raise click.ClickException(str(error)) from error
     report.show(console, results)
     picture = out / f"quickstart-{dataset}.png"
-    out.mkdir(parents=True, exist_ok=True)
     plot.save(results[-1], title, picture)
     console.print(f"Picture: {picture}")
     if not results[-1].agrees:

@@ -1,7 +1,8 @@
-"""The quickstart's result as one picture: losses, their distance, and the time per step."""
+"""The quickstart's result as one picture: losses, their distance, the time per step and where it goes."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 
 from fastlayers.experiments.quickstart import Result
 from fastlayers.experiments.training import PHASES
+from fastlayers.writing import write_whole
 
 TORCH_COLOUR = "#ee4c2c"
 FUSED_COLOUR = "#1f4e79"
@@ -19,18 +21,21 @@ LINES = {"train": "-", "test": "--"}
 
 def save(result: Result, title: str, path: Path) -> None:
     """Writes the picture as a PNG."""
-    figure = Figure(figsize=(12, 3.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(15, 3.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    losses, distances, times = figure.subplots(1, 3)
+    losses, distances, times, parts = figure.subplots(1, 4, width_ratios=(4, 4, 4, 3))
     _draw_losses(losses, result)
     _draw_distances(distances, result)
     _draw_times(times, result)
-    for axes in (losses, distances, times):
+    _draw_parts(parts, result)
+    for axes in (losses, distances, times, parts):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_whole(path, content.getbuffer())
 
 
 def _epochs(result: Result) -> range:
@@ -72,3 +77,14 @@ def _draw_times(axes: Axes, result: Result) -> None:
         median = measured.median_step * 1e3
         axes.axvline(median, color=colour, label=f"{name}, median {median:.2f} ms")
     axes.set(title="Time per step", xlabel="ms", ylabel="steps")
+
+
+def _draw_parts(axes: Axes, result: Result) -> None:
+    names, measured = ("torch", "fastlayers"), (result.torch, result.fused)
+    between = [1e3 * m.between_seconds for m in measured]
+    rest = [max(0.0, 1e3 * m.median_step - part) for m, part in zip(measured, between, strict=True)]
+    bars = axes.bar(names, between, color=(TORCH_COLOUR, FUSED_COLOUR), label="BatchNorm to max-pool")
+    axes.bar_label(bars, fmt="%.2f", label_type="center", color="white")
+    axes.bar(names, rest, bottom=between, color="lightgrey", label="the rest of the step")
+    axes.set(title="Where a step's time goes", ylabel="ms")
+    axes.set_ylim(0, 1.3 * max(map(sum, zip(between, rest, strict=True))))  # room for the legend

@@ -8,13 +8,14 @@ from statistics import median
 
 import torch
 from rich.progress import Progress
-from torch import nn
 
 from fastlayers.data import DataSet
 from fastlayers.experiments.agreement import Agreement, compare, move_by_one_ulp
+from fastlayers.experiments.between import seconds_between_convolutions
 from fastlayers.experiments.memory import bytes_saved_for_backward
 from fastlayers.experiments.models import build_cnn, fused_layers, torch_layers
 from fastlayers.experiments.training import Phase, Run, steps_per_epoch, train_interleaved
+from fastlayers.models import CNN
 
 MOVED_RUNS = 3
 # By chance one run of four drifts first. Not with every seed, as a wrong kernel's does.
@@ -36,6 +37,8 @@ class Measured:
 
     run: Run
     saved_bytes: int
+    #: Of what a training step does between the convolutions, alone.
+    between_seconds: float
 
     @property
     def step_seconds(self) -> list[float]:
@@ -79,23 +82,24 @@ def run(data: DataSet, settings: Settings, progress: Progress) -> list[Result]:
 
 def _run_seed(data: DataSet, settings: Settings, seed: int, progress: Progress) -> Result:
     example = data.normalise(data.train.images[: settings.batch_size])
-    runs = [Run(model, seed) for model in _models(data, seed)]
+    models = _models(data, seed)
+    runs = [Run(model, seed) for model in models]
     _train(runs, data, settings, seed, progress)
     eager, fused, *moved = runs
-    return Result(
-        seed,
-        Measured(eager, bytes_saved_for_backward(eager.model, example)),
-        Measured(fused, bytes_saved_for_backward(fused.model, example)),
-        compare(eager, fused, moved),
-    )
+    between = seconds_between_convolutions(models[:2], example)
+    measured = {
+        name: Measured(run, bytes_saved_for_backward(run.model, example), seconds)
+        for name, run, seconds in zip(("torch", "fused"), (eager, fused), between, strict=True)
+    }
+    return Result(seed, **measured, agreement=compare(eager, fused, moved))
 
 
-def _models(data: DataSet, seed: int) -> list[nn.Module]:
+def _models(data: DataSet, seed: int) -> list[CNN]:
     """Torch's model, fastlayers' with the same weights, and torch's with weights moved a little."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         factories = [torch_layers, fused_layers, *[torch_layers] * MOVED_RUNS]
-        models: list[nn.Module] = [build_cnn(data.name, layers) for layers in factories]
+        models = [build_cnn(data.name, layers) for layers in factories]
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
     for number, model in enumerate(models[2:]):

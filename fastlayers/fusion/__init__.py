@@ -1,4 +1,4 @@
-"""Fuses the chains BatchNorm → (add) → activation → (dropout) of any model, in place, and undoes it."""
+"""Fuses the chains BatchNorm → (add) → activation → (dropout) → (max-pool) of any model, in place, and undoes it."""
 
 from fastlayers.fusion.chain import FusionWarning
 from fastlayers.fusion.report import FusedChain, FusionReport, NotFused, fusion_report

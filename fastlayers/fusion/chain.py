@@ -1,4 +1,4 @@
-"""What a chain is when the model runs: one fused call, or its modules one by one where that would not be the same."""
+"""What a chain is when the model runs: one fused call, and its modules one by one where that would not be the same."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from fastlayers.activations import Activation
 from fastlayers.fusion import table
 from fastlayers.fusion.trace import runs_its_forward
 from fastlayers.modules.batch_norm import fused_batch_norm
+from fastlayers.pooling import Pool
 
 
 class FusionWarning(UserWarning):
-    """A chain that was fused runs unfused, for a reason that the warning tells."""
+    """A chain that was fused runs unfused, or its end does, for a reason that the warning tells."""
 
 
 class Slot(enum.Enum):
@@ -45,6 +46,7 @@ class Step:
         act: of an activation that is a function, what it computes.
         drop: of a dropout that is a function: its mode, the number of dimensions that it is right for, and p (0 where
             it is not to drop).
+        pool: of a max-pool that is a function, what it computes.
     """
 
     stage: str
@@ -54,6 +56,7 @@ class Step:
     kwargs: tuple[tuple[str, Any], ...] = ()
     act: Activation | None = None
     drop: tuple[str, int | None, float] | None = None
+    pool: Pool | None = None
 
     def __str__(self) -> str:
         if self.stage == "add":
@@ -83,35 +86,53 @@ class _Parts:
         self.act = activations.IDENTITY
         self.drop_p = 0.0
         self.drop_mode = "channel"
+        self.pool: Pool | None = None
+        #: How many steps these are, and if not all, why.
+        self.count = 0
+        self.problem: str | None = None
 
 
 class Chain:
-    """BatchNorm → (add) → activation → (dropout), called in place of its first member.
+    """BatchNorm → (add) → activation → (dropout) → (max-pool), called in place of its first member.
 
     It reads the members at every call and keeps nothing but the reasons why it once ran unfused.
 
     Attributes:
         norm: the path of the BatchNorm from the module whose forward the chain is in.
         steps: what follows it.
-        fallbacks: why calls ran the members one by one.
+        ends: which max-pool, or activation or dropout behind one, stays behind it, and why; "" if none does.
+        fallbacks: why calls ran members one by one.
     """
 
-    def __init__(self, norm: str, steps: tuple[Step, ...]) -> None:
-        self.norm, self.steps = norm, steps
+    def __init__(self, norm: str, steps: tuple[Step, ...], ends: str = "") -> None:
+        self.norm, self.steps, self.ends = norm, steps, ends
         self.fallbacks: tuple[str, ...] = ()
         self._resolved: dict[tuple[Any, ...], Activation] = {}
+        self._pools: dict[tuple[Any, ...], Pool | str] = {}
 
     def prepare(self, root: nn.Module) -> None:
-        """Reads the activation beforehand: that is nothing to do at every call, nor within `torch.compile`."""
-        for path in modules_of(self.steps):
-            if path is not None and table.class_of(root.get_submodule(path)) in table.ACTS:
-                self._activation(root.get_submodule(path))
+        """Reads activation and max-pool beforehand: nothing to do at every call, nor within `torch.compile`."""
+        for step, path in zip(self.steps, modules_of(self.steps), strict=True):
+            if path is not None and step.stage in ("act", "pool"):
+                module = root.get_submodule(path)
+                if table.class_of(module) in table.ACTS:
+                    self._activation(module)
+                elif table.class_of(module) in table.POOLS:
+                    self._pool(module)
 
     def _activation(self, module: nn.Module) -> Activation:
         key = (type(module), *[getattr(module, name) for name in activations.parameters_of(type(module))])
         found = self._resolved.get(key)
         if found is None:
             found = self._resolved[key] = activations.resolve(module).in_evaluation()
+        return found
+
+    def _pool(self, module: nn.Module) -> Pool | str:
+        given = [getattr(module, name) for name in table.POOL_ARGUMENTS]
+        key = (table.class_of(module), *[tuple(value) if isinstance(value, list) else value for value in given])
+        found = self._pools.get(key)
+        if found is None:
+            found = self._pools[key] = table.pool_of(module)
         return found
 
     def __str__(self) -> str:
@@ -127,30 +148,33 @@ class Chain:
             members: for each step its module; None for functions.
         """
         parts = self._parts(input, norm, residual, members)
-        if isinstance(parts, str):
-            self._note(parts)
-            return self._unfused(input, norm, residual, members)
+        if parts.problem is not None:
+            self._note(parts.problem)
+            if not table.is_worth_it(step.stage for step in self.steps[: parts.count]):
+                return self._unfused(input, norm, residual, members)
         # The dropout's mode, not the BatchNorm's, says whether something is dropped.
-        act, p, mode = parts.act, parts.drop_p, parts.drop_mode
+        act, p, mode, pool = parts.act, parts.drop_p, parts.drop_mode, parts.pool
         # A Module to the checker: table.norm_problem has told that it is a BatchNorm.
-        return fused_batch_norm(norm, input, residual, act, p, mode, drops=p > 0)  # type: ignore[arg-type]
+        output = fused_batch_norm(norm, input, residual, act, p, mode, drops=p > 0, pool=pool)  # type: ignore[arg-type]
+        for step, module in zip(self.steps[parts.count :], members[parts.count :], strict=True):
+            output = step.run(output, residual, module)
+        return output
 
-    def _parts(
-        self, input: Tensor, norm: nn.Module, residual: Any, members: tuple[nn.Module | None, ...]
-    ) -> _Parts | str:
-        """The arguments of the fused call, or why there is none that does the same."""
-        problem = _problem_here() or table.norm_problem(norm)
-        if problem is None and "forward" in norm.__dict__:
-            problem = "the BatchNorm has a forward of its own"
-        if problem is None:
-            problem = _problem_of_tensors(input, residual, any(step.stage == "add" for step in self.steps))
-        if problem is not None:
-            return problem
+    def _parts(self, input: Tensor, norm: nn.Module, residual: Any, members: tuple[nn.Module | None, ...]) -> _Parts:
+        """The arguments of a fused call, for as many steps as there is one that does the same."""
         parts = _Parts()
+        parts.problem = _problem_here() or table.norm_problem(norm)
+        if parts.problem is None and "forward" in norm.__dict__:
+            parts.problem = "the BatchNorm has a forward of its own"
+        if parts.problem is None:
+            parts.problem = _problem_of_tensors(input, residual, any(step.stage == "add" for step in self.steps))
+        if parts.problem is not None:
+            return parts
         for step, module in zip(self.steps, members, strict=True):
-            problem = self._read(step, module, input, parts)
-            if problem is not None:
-                return problem
+            parts.problem = self._read(step, module, input, parts)
+            if parts.problem is not None:
+                break
+            parts.count += 1
         return parts
 
     def _read(self, step: Step, module: nn.Module | None, input: Tensor, parts: _Parts) -> str | None:
@@ -160,15 +184,24 @@ class Chain:
             if table.module_stage(module) != step.stage:
                 return f"{step.target} is now a {type(module).__name__}"
         if step.stage == "act":
-            if module is None:
-                assert step.act is not None
-                parts.act = step.act
-                return None
-            if module.training and type(module) in table.RANDOM_ACTS:
-                return f"{step.target} draws random slopes in training"
-            parts.act = self._activation(module)
-        elif step.stage == "drop":
+            return self._read_act(step, module, parts)
+        if step.stage == "drop":
             return self._read_drop(step, module, input, parts)
+        if step.stage == "pool":
+            return self._read_pool(step, module, input, parts)
+        return None
+
+    def _read_act(self, step: Step, module: nn.Module | None, parts: _Parts) -> str | None:
+        if module is None:
+            assert step.act is not None
+            act = step.act
+        elif module.training and type(module) in table.RANDOM_ACTS:
+            return f"{step.target} draws random slopes in training"
+        else:
+            act = self._activation(module)
+        if parts.pool is not None and not act.monotone:
+            return f"{step} is {table.BEHIND_POOL_ACT}"
+        parts.act = act
         return None
 
     def _read_drop(self, step: Step, module: nn.Module | None, input: Tensor, parts: _Parts) -> str | None:
@@ -182,7 +215,21 @@ class Chain:
         if dims is not None and input.dim() != dims:
             return f"{step} does not drop channels of a tensor with {input.dim()} dimensions"
         if p:
+            if parts.pool is not None and mode == "element":
+                return f"{step} {table.BEHIND_POOL_DROP}"
             parts.drop_p, parts.drop_mode = p, mode
+        return None
+
+    def _read_pool(self, step: Step, module: nn.Module | None, input: Tensor, parts: _Parts) -> str | None:
+        pool = step.pool if module is None else self._pool(module)
+        assert pool is not None
+        if isinstance(pool, str):
+            return f"{step}: {pool}"
+        if input.dim() != pool.dims + 2:
+            return f"{step} does not pool planes of a tensor with {input.dim()} dimensions"
+        if parts.drop_p and parts.drop_mode == "element":
+            return f"{step}: {table.BEFORE_POOL_DROP}"
+        parts.pool = pool
         return None
 
     def _unfused(self, input: Tensor, norm: nn.Module, residual: Any, members: tuple[nn.Module | None, ...]) -> Tensor:
@@ -204,22 +251,19 @@ class KnownBlock(Chain):
     nothing is dropped.
     """
 
-    def _parts(
-        self, input: Tensor, norm: nn.Module, residual: Any, members: tuple[nn.Module | None, ...]
-    ) -> _Parts | str:
-        problem = _problem_here() or _problem_of_tensors(input, None, False)
-        if problem is not None:
-            return problem
+    def _parts(self, input: Tensor, norm: nn.Module, residual: Any, members: tuple[nn.Module | None, ...]) -> _Parts:
         parts = _Parts()
+        parts.problem = _problem_here() or _problem_of_tensors(input, None, False)
         for step, module in zip(self.steps, members, strict=True):
             assert module is not None
-            if table.module_stage(module) == "identity" and runs_its_forward(module):
-                continue
-            problem = self._read(step, module, input, parts)
-            if problem is not None:
-                return problem
-        if parts.drop_p and (parts.act.name not in ("identity", "relu", "leaky_relu")):
-            return f"it drops before {parts.act.name}, which is not the same as after"
+            if parts.problem is not None:
+                break
+            if not (table.module_stage(module) == "identity" and runs_its_forward(module)):
+                parts.problem = self._read(step, module, input, parts)
+        if parts.problem is None:
+            parts.count = len(self.steps)
+            if parts.drop_p and parts.act.name not in ("identity", "relu", "leaky_relu"):
+                parts.problem, parts.count = f"it drops before {parts.act.name}, which is not the same as after", 0
         return parts
 
     def _unfused(self, input: Tensor, norm: nn.Module, residual: Any, members: tuple[nn.Module | None, ...]) -> Tensor:

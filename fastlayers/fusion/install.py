@@ -11,10 +11,10 @@ import importlib
 import itertools
 import linecache
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -41,6 +41,7 @@ class Program:
         exec(compile(source, filename, "exec"), namespace)
         self.run: Callable[..., Any] = namespace["forward"]
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+        weakref.finalize(self, linecache.cache.pop, filename, None)
 
     @classmethod
     def of(cls, graph: fx.Graph, label: str) -> Program:
@@ -180,9 +181,9 @@ def problem_of_class(module: nn.Module) -> str | None:
 
 def install(module: nn.Module, fusion: Fusion) -> None:
     """Has `module` run the variants of `fusion`."""
+    module.__dict__[KEY] = fusion
     if fusion.variants:
         module.__class__ = _fused_class(type(module))
-    module.__dict__[KEY] = fusion
 
 
 def remove(module: nn.Module) -> None:
@@ -197,7 +198,7 @@ def fusion_of(module: nn.Module) -> Fusion | None:
     return fusion
 
 
-_classes: WeakValueDictionary[type[nn.Module], type[nn.Module]] = WeakValueDictionary()
+_classes: weakref.WeakValueDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
 def _fused_class(original: type[nn.Module]) -> type[nn.Module]:

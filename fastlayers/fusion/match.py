@@ -11,6 +11,7 @@ from fastlayers import activations
 from fastlayers.fusion import table
 from fastlayers.fusion.chain import Chain, Slot, Step, modules_of
 from fastlayers.fusion.trace import runs_its_forward
+from fastlayers.pooling import Pool
 
 
 @dataclass
@@ -22,12 +23,14 @@ class Match:
         nodes: those of the steps.
         steps: the steps.
         residual: the node that is added.
+        ends: as in `Chain`.
     """
 
     norm: fx.Node
     nodes: list[fx.Node] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     residual: fx.Node | None = None
+    ends: str = ""
 
     @property
     def owners(self) -> set[str]:
@@ -41,6 +44,10 @@ class Matches:
 
     chains: list[Match]
     reasons: dict[str, str]
+
+
+class _StaysBehind(str):
+    """Why a chain ends before a max-pool, or what follows one, which else would be in it."""
 
 
 def stage_of(node: fx.Node, root: nn.Module) -> str | None:
@@ -102,26 +109,22 @@ def _grow(norm: fx.Node, root: nn.Module, order: dict[fx.Node, int]) -> Match | 
     problem = table.norm_problem(root.get_submodule(str(norm.target))) or _problem_of_call(norm)
     if problem is not None:
         return problem
-    match, last, done, end = Match(norm), norm, -1, "nothing follows it"
-    while True:
-        step = _next_step(match, last, root, done)
-        if isinstance(step, str):
-            end = step
-            break
+    match, last = Match(norm), norm
+    while isinstance(step := _next_step(match, last, root), Step):
         last = next(iter(last.users))
         match.nodes.append(last)
         match.steps.append(step)
-        if step.stage in table.STAGES:
-            done = table.STAGES.index(step.stage)
+    if isinstance(step, _StaysBehind):
+        match.ends = step
     while match.steps and match.steps[-1].stage == "identity":
         match.steps.pop()
         match.nodes.pop()
-    if all(step.stage != table.REQUIRED for step in match.steps):
-        return end
+    if not table.is_worth_it(step.stage for step in match.steps):
+        return step
     return _problem_of_moving(match, root, order) or match
 
 
-def _next_step(match: Match, last: fx.Node, root: nn.Module, done: int) -> Step | str:
+def _next_step(match: Match, last: fx.Node, root: nn.Module) -> Step | str:
     """The step that `last`'s only user is, or why the chain ends at `last`."""
     what = (
         "its output" if last is match.norm else f"the output of {last.target if last.op != 'call_function' else last}"
@@ -134,7 +137,10 @@ def _next_step(match: Match, last: fx.Node, root: nn.Module, done: int) -> Step 
     stage = stage_of(user, root)
     if stage is None or stage == "norm":
         return f"{what} goes to {_describe(user, root)}, which is no part of a chain"
-    if stage in table.STAGES and table.STAGES.index(stage) <= done:
+    before = [step.stage for step in match.steps if step.stage in table.STAGES]
+    if stage == "pool" and "add" in before and "pool" not in before:
+        return _StaysBehind(f"{_describe(user, root)}: a residual is added before it")
+    if stage in table.STAGES and not table.in_order([*before, stage]):
         return f"{what} goes to {_describe(user, root)}, which is out of order"
     if stage == "add":
         return _addition(match, last, user)
@@ -143,9 +149,40 @@ def _next_step(match: Match, last: fx.Node, root: nn.Module, done: int) -> Step 
     if user.op == "call_module":
         module = root.get_submodule(str(user.target))
         if not runs_its_forward(module):
-            return f"{user.target} has hooks or a forward of its own"
-        return _problem_of_call(user) or Step(stage, "module", str(user.target))
-    return _function_step(user, stage)
+            reason = f"{user.target} has hooks or a forward of its own"
+            return _StaysBehind(reason) if stage == "pool" else reason
+        step = _problem_of_call(user) or Step(stage, "module", str(user.target))
+    else:
+        step = _function_step(user, stage)
+    problem = _problem_with_pool(match.steps, step, root) if isinstance(step, Step) else None
+    return step if problem is None else _StaysBehind(f"{_describe(user, root)}: {problem}")
+
+
+def _problem_with_pool(steps: list[Step], step: Step, root: nn.Module) -> str | None:
+    """Why `step` cannot be in one chain with the max-pool that it is, or that is among `steps`; None if it can."""
+    if step.stage == "pool":
+        pool = table.pool_of(root.get_submodule(step.target)) if step.call == "module" else step.pool
+        if isinstance(pool, str):
+            return pool
+        return table.BEFORE_POOL_DROP if any(_drops_elements(before, root) for before in steps) else None
+    if all(before.stage != "pool" for before in steps):
+        return None
+    if step.stage == "act":
+        act = activations.resolve(root.get_submodule(step.target)) if step.call == "module" else step.act
+        return None if act is not None and act.monotone else table.BEHIND_POOL_ACT
+    return table.BEHIND_POOL_DROP if _drops_elements(step, root) else None
+
+
+def _drops_elements(step: Step, root: nn.Module) -> bool:
+    if step.stage != "drop":
+        return False
+    if step.drop is not None:
+        mode, _, p = step.drop
+    else:
+        module = root.get_submodule(step.target)
+        # Attributes of modules are tensors or modules to the checker; that of a dropout is a float.
+        mode, p = table.DROPS[table.class_of(module)][0], module.p  # type: ignore[assignment]
+    return mode == "element" and p > 0
 
 
 def _addition(match: Match, last: fx.Node, user: fx.Node) -> Step | str:
@@ -175,10 +212,15 @@ def _function_step(user: fx.Node, stage: str) -> Step | str:
     if any(isinstance(value, fx.Node) for value in rest):
         return f"{user} takes more tensors than one"
     given = dict(zip(function.parameters, user.args[1:], strict=False)) | user.kwargs
-    act = drop = None
+    act = drop = pool = None
     try:
         if stage == "act":
             act = _activation(function, given)
+        elif stage == "pool":
+            found = _pool(function, given)
+            if isinstance(found, str):
+                return _StaysBehind(f"{_name(user)}: {found}")
+            pool = found
         else:
             # fx types arguments as anything; what is no number raises, and is reported.
             p = float(given.get("p", 0.5)) if given.get("training", True) else 0.0  # type: ignore[arg-type]
@@ -190,7 +232,7 @@ def _function_step(user: fx.Node, stage: str) -> Step | str:
     called = user.target
     target = called if isinstance(called, str) else table.FUNCTION_NAMES[called]
     args, kwargs = (Slot.INPUT, *user.args[1:]), tuple(user.kwargs.items())
-    return Step(stage, "method" if called == target else "function", target, args, kwargs, act, drop)
+    return Step(stage, "method" if called == target else "function", target, args, kwargs, act, drop, pool)
 
 
 def _activation(function: table.Function, given: dict[str, Any]) -> activations.Activation:
@@ -199,6 +241,12 @@ def _activation(function: table.Function, given: dict[str, Any]) -> activations.
     if act.random is not None and given.get("training", False):
         raise ValueError("it draws random slopes")
     return act.in_evaluation()
+
+
+def _pool(function: table.Function, given: dict[str, Any]) -> Pool | str:
+    if not function.name:
+        return table.read_pool(0, {"return_indices": True})
+    return table.read_pool(table.POOLS[getattr(nn, function.name)], given)
 
 
 def _function(node: fx.Node) -> table.Function | None:
@@ -307,7 +355,7 @@ def substitute(graph: fx.Graph, matches: list[Match], first_name: int) -> dict[s
     replaced: dict[fx.Node | None, fx.Node] = {}
     for number, match in enumerate(matches, start=first_name):
         name, steps = f"c{number}", tuple(match.steps)
-        chains[name] = Chain(str(match.norm.target), steps)
+        chains[name] = Chain(str(match.norm.target), steps, match.ends)
         end = match.nodes[-1]
         with graph.inserting_before(end):
             arguments = [_get(graph, path) for path in (str(match.norm.target), *modules_of(steps))]

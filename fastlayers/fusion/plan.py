@@ -7,6 +7,7 @@ is that traced through.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import fx, nn
 from fastlayers.fusion import match, table
 from fastlayers.fusion.chain import KnownBlock, Step
 from fastlayers.fusion.install import Fusion, Program, Variant, problem_of_class
+from fastlayers.fusion.interrupts import uninterrupted
 from fastlayers.fusion.match import Match
 from fastlayers.fusion.trace import Kinds, Traced, TraceError, runs_its_forward, trace
 
@@ -30,6 +32,7 @@ class _Planner:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.reasons: dict[int, str] = {}
+        self.ends: dict[int, str] = {}
         self.failures: dict[int, str] = {}
         self._traces: dict[tuple[int, frozenset[str], tuple[tuple[str, str | None], ...]], Traced | str] = {}
 
@@ -39,7 +42,13 @@ class _Planner:
             fusion = _known_block(module) or self._fusion_of(module)
             if fusion is not None:
                 fusions[id(module)] = module, fusion
-        fused = {id(module.get_submodule(chain.norm)) for module, fusion in fusions.values() for chain in fusion.chains}
+        fused: set[int] = set()
+        for module, fusion in fusions.values():
+            for chain in fusion.chains:
+                norm = id(module.get_submodule(chain.norm))
+                # What follows a chain may be known only where its module is called.
+                chain.ends = chain.ends or self.ends.get(norm, "")
+                fused.add(norm)
         for path, module in self.model.named_modules():
             if table.looks_like_batch_norm(module) and id(module) not in fused and id(module) not in fusions:
                 fusions[id(module)] = module, Fusion(reason=self._reason(path, module))
@@ -98,6 +107,10 @@ class _Planner:
         if not isinstance(traced, Traced):
             return None
         matches = match.find(traced.graph, module)
+        for found in matches.chains:
+            if found.ends:
+                where = f"{table.class_of(module).__name__}'s {found.ends}"
+                self.ends.setdefault(id(module.get_submodule(str(found.norm.target))), where)
         needed = _needed(matches.chains)
         if needed != inline:
             traced = self._trace(module, needed, kinds)
@@ -257,20 +270,22 @@ def _common(paths: set[str]) -> str:
 
 def _copied(found: Match, copies: dict[fx.Node, fx.Node]) -> Match:
     residual = None if found.residual is None else copies[found.residual]
-    return Match(copies[found.norm], [copies[node] for node in found.nodes], found.steps, residual)
+    nodes = [copies[node] for node in found.nodes]
+    return dataclasses.replace(found, norm=copies[found.norm], nodes=nodes, residual=residual)
 
 
 @contextmanager
 def _training(module: nn.Module, mode: bool) -> Iterator[None]:
     """Sets the mode of all of `module`, whose hooks and overrides of ``train`` are not to notice."""
     saved = [(m, m.training) for m in module.modules() if "training" in m.__dict__]
-    try:
-        for m, _ in saved:
-            m.__dict__["training"] = mode
-        yield
-    finally:
-        for m, training in saved:
-            m.__dict__["training"] = training
+    with uninterrupted():
+        try:
+            for m, _ in saved:
+                m.__dict__["training"] = mode
+            yield
+        finally:
+            for m, training in saved:
+                m.__dict__["training"] = training
 
 
 def _known_block(module: nn.Module) -> Fusion | None:
@@ -281,7 +296,7 @@ def _known_block(module: nn.Module) -> Fusion | None:
     stages = [None if m is None else table.module_stage(m) for m in modules]
     if any(s not in (stage, "identity") for (_, stage), s in zip(members, stages, strict=True)):
         return None
-    if table.REQUIRED not in stages:
+    if not table.is_worth_it(stage for stage in stages if stage is not None):
         return None
     steps = tuple(Step(stage, "module", name) for name, stage in members)
     source = "def forward(self, input):\n    return self._fastlayers_fusion.c0(input, self, None, {})\n".format(

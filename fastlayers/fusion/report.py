@@ -17,17 +17,20 @@ class FusedChain:
         module: the path of the module whose forward it is in; "" is the model itself.
         norm: the path of its BatchNorm.
         chain: its members, such as "bn2 → add → relu", by their paths from `module`.
-        fallbacks: why calls ran the members one by one; empty if all were fused.
+        fallbacks: why calls ran members one by one; empty if all were fused.
+        ends: which max-pool, or dropout or activation behind one, stays behind the chain, and why; "" if none does.
     """
 
     module: str
     norm: str
     chain: str
     fallbacks: tuple[str, ...] = ()
+    ends: str = ""
 
     def __str__(self) -> str:
         place = f"{self.module or 'the model'}: {self.chain}"
-        return "\n".join((place, *(f"    ran unfused: {reason}" for reason in self.fallbacks)))
+        ends = (f"    ends before {self.ends}",) if self.ends else ()
+        return "\n".join((place, *ends, *(f"    ran unfused: {reason}" for reason in self.fallbacks)))
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def fusion_report(model: nn.Module) -> FusionReport:
                 continue
             covered.add(id(norm))
             fallbacks = (*fusion.fallbacks, *chain.fallbacks)
-            fused.append(FusedChain(path, ".".join(filter(None, (path, chain.norm))), str(chain), fallbacks))
+            where = ".".join(filter(None, (path, chain.norm)))
+            fused.append(FusedChain(path, where, str(chain), fallbacks, chain.ends))
         seen |= covered
     return FusionReport(tuple(fused), tuple(not_fused))
 

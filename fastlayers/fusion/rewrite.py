@@ -18,14 +18,16 @@ _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, to
 
 
 def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
-    """Has the chains BatchNorm → (add) → activation → (dropout) of `model` run as one fused call each, in place.
+    """Has the chains BatchNorm → (add) → activation → (dropout) → (max-pool) of `model` run as one call each, in place.
 
     All modules stay where they are, with their parameters, buffers, hooks and modes: ``state_dict()``,
     ``parameters()`` and optimisers know no difference. Only what runs is another: modules whose forward contains a
     chain get a subclass of their class, of the same name, whose forward calls the fused kernel with the state that
-    BatchNorm, activation and dropout have at that moment. Where a call would not be the same fused (a residual that
-    broadcasts, a hook that was added later), the members run one by one, a `FusionWarning` says so once, and
-    `fusion_report` tells why. What was fused before is looked at anew.
+    BatchNorm, activation, dropout and max-pool have at that moment. Where a call would not be the same fused (a
+    residual that broadcasts, a hook that was added later), members run one by one, a `FusionWarning` says so once, and
+    `fusion_report` tells why. A max-pool that is not fused, as one with a residual before it, stays behind its chain;
+    the report tells that too. What was fused before is looked at anew. Other threads may fuse, run and train other
+    models meanwhile.
 
     Args:
         model: of any class, in training or evaluation mode.

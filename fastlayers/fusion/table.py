@@ -1,13 +1,13 @@
-"""What a node of a traced graph is to a chain: the tables of norms, additions, activations and dropouts.
+"""What a node of a traced graph is to a chain: the tables of norms, additions, activations, dropouts and max-pools.
 
-A new kind of BatchNorm, activation or dropout is a line here. A new stage behind the dropout (a pooling, say) is a name
-in `STAGES`, a table beside the others, and its argument to the kernel in `chain.Chain`.
+A new kind of BatchNorm, activation or dropout is a line here. A new stage is its place in `ORDERS`, a table beside the
+others, and its argument to the kernel in `chain.Chain`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,24 +15,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlayers import activations, modules
+from fastlayers import activations, modules, pooling
 from fastlayers.modules import batch_norm_act
+from fastlayers.pooling import Pool
 
-#: The order in which a chain's steps may follow its BatchNorm; each at most once. Identities may come in between.
-STAGES = ("add", "act", "drop")
+#: The orders in which a chain's steps may follow its BatchNorm. Any may be missing, identities may come in between.
+#: All with a max-pool are one function: it commutes with activations that nowhere fall and with dropout of channels,
+#: for which `chain` and `match` look. A residual is not fused with one.
+ORDERS = (("add", "act", "drop"), ("act", "drop", "pool"), ("act", "pool", "drop"), ("pool", "act", "drop"))
 
-#: A chain without these is not worth a kernel of its own.
-REQUIRED = "act"
+#: What a chain's steps can be.
+STAGES = frozenset(stage for order in ORDERS for stage in order)
+
+#: A chain without one of these is not worth a kernel of its own.
+REQUIRED = frozenset({"act", "pool"})
 
 
 def _is_bare(layer: nn.Module) -> str | None:
     """For BatchNorms that bring an activation and a dropout along: why one does more than normalise; None if not."""
     act, drop = getattr(layer, "act", None), getattr(layer, "drop", None)
     if isinstance(layer, batch_norm_act._BatchNormAct):
-        bare = layer.act == activations.IDENTITY and layer.drop_p == 0
+        bare = layer.act == activations.IDENTITY and layer.drop_p == 0 and layer.pool is None
     else:
         bare = all(type(module) is nn.Identity and not is_hooked(module) for module in (act, drop))
-    return None if bare else f"{class_of(layer).__name__} has an activation or dropout of its own"
+    return None if bare else f"{class_of(layer).__name__} has an activation, dropout or max-pool of its own"
 
 
 def _is_plain(layer: nn.Module) -> str | None:
@@ -73,6 +79,17 @@ DROPS: dict[type[nn.Module], tuple[str, int | None]] = {
     **dict.fromkeys((nn.Dropout3d, modules.Dropout3d), ("channel", 5)),
 }
 
+#: Max-pools, and how many spatial dimensions each has.
+POOLS: Mapping[type[nn.Module], int] = pooling.MODULES
+
+#: The arguments of torch's max-pools behind the input, in order. They are the modules' attributes, too.
+POOL_ARGUMENTS = (*pooling.KEYWORDS, "return_indices")
+
+#: Why a max-pool does not go with some dropouts and activations.
+BEFORE_POOL_DROP = "single elements are dropped before it"
+BEHIND_POOL_DROP = "drops single elements behind a max-pool"
+BEHIND_POOL_ACT = "not monotone, and behind a max-pool"
+
 #: Activation modules, by exact class.
 ACTS = frozenset(activations._KIND_OF_MODULE) - {nn.Identity}
 
@@ -86,7 +103,7 @@ class Function:
 
     Attributes:
         stage: one of `STAGES`.
-        name: of an activation, or of a dropout module in `torch.nn`.
+        name: of an activation, or of a dropout or max-pool module in `torch.nn`; none for what returns indices too.
         parameters: the names of its arguments behind the first, by position.
     """
 
@@ -140,6 +157,15 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Function]] = {
     "F.dropout1d": (F.dropout1d, Function("drop", "Dropout1d", _DROP)),
     "F.dropout2d": (F.dropout2d, Function("drop", "Dropout2d", _DROP)),
     "F.dropout3d": (F.dropout3d, Function("drop", "Dropout3d", _DROP)),
+    "F.max_pool1d": (F.max_pool1d, Function("pool", "MaxPool1d", POOL_ARGUMENTS)),
+    "F.max_pool2d": (F.max_pool2d, Function("pool", "MaxPool2d", POOL_ARGUMENTS)),
+    "F.max_pool3d": (F.max_pool3d, Function("pool", "MaxPool3d", POOL_ARGUMENTS)),
+    "F.max_pool1d_with_indices": (F.max_pool1d_with_indices, Function("pool")),
+    "F.max_pool2d_with_indices": (F.max_pool2d_with_indices, Function("pool")),
+    "F.max_pool3d_with_indices": (F.max_pool3d_with_indices, Function("pool")),
+    "torch.max_pool1d": (torch.max_pool1d, Function("pool", "MaxPool1d", pooling.KEYWORDS)),
+    "torch.max_pool2d": (torch.max_pool2d, Function("pool", "MaxPool2d", pooling.KEYWORDS)),
+    "torch.max_pool3d": (torch.max_pool3d, Function("pool", "MaxPool3d", pooling.KEYWORDS)),
 }
 
 FUNCTION_NAMES: Mapping[Callable[..., Any], str] = {function: name for name, (function, _) in FUNCTIONS.items()}
@@ -197,4 +223,42 @@ def module_stage(module: nn.Module) -> str | None:
         return "act"
     if cls in DROPS:
         return "drop"
+    if cls in POOLS:
+        return "pool"
     return "identity" if cls is nn.Identity else None
+
+
+def in_order(stages: Sequence[str]) -> bool:
+    """Whether steps of these stages, each at most once, may follow a BatchNorm in this order."""
+    return any([stage for stage in order if stage in stages] == list(stages) for order in ORDERS)
+
+
+def is_worth_it(stages: Iterable[str]) -> bool:
+    """Whether a chain of these steps is worth a kernel of its own."""
+    return not REQUIRED.isdisjoint(stages)
+
+
+def pool_of(module: nn.Module) -> Pool | str:
+    """`read_pool` of one of torch's modules."""
+    return read_pool(POOLS[class_of(module)], {name: getattr(module, name) for name in POOL_ARGUMENTS})
+
+
+def read_pool(dims: int, given: Mapping[str, Any]) -> Pool | str:
+    """The max-pool that the arguments of torch's function or module mean, or why the kernels do not take it.
+
+    Args:
+        dims: how many spatial dimensions it has.
+        given: by the names of `POOL_ARGUMENTS`; what is missing is as torch has it.
+    """
+    if given.get("return_indices", False):
+        return "it returns indices"
+    try:
+        pool = pooling.resolve({name: given[name] for name in pooling.KEYWORDS if name in given}, dims)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    assert pool is not None
+    if pool.is_fusible:
+        return pool
+    if pool.dims > 2:
+        return f"it has {pool.dims} spatial dimensions, where 1 and 2 are fused"
+    return f"its windows have {pool.positions} elements, where up to {pooling.MOST_POSITIONS} are fused"

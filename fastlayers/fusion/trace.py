@@ -12,21 +12,34 @@ import builtins
 import copy
 import dis
 import enum
+import functools
 import inspect
 import operator
+import os
 import random
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace as fx_trace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlayers.fusion.table import class_of
+
+# What is replaced while a forward is traced is there for all threads: one traces at a time, since each puts back what
+# it found.
+_tracing = threading.RLock()
+# A process forked meanwhile would keep what is replaced, and wait for a thread that it does not have.
+os.register_at_fork(before=_tracing.acquire, after_in_parent=_tracing.release, after_in_child=_tracing.release)
+
+# How often a forward is traced anew where other threads may have drawn the random numbers that it seems to draw.
+_ATTEMPTS = 5
 
 
 class TraceError(Exception):
@@ -83,6 +96,10 @@ _CONTAINERS = (list, dict, set)
 # What every module has; the hooks among it are looked at when the graph runs.
 _BASE_ATTRIBUTES = frozenset(nn.Module().__dict__) - {"training"}
 
+# Operations of Python, and modules whose functions in C, ask for a type in the name of the code that they are in.
+_ASKS_FOR_A_TYPE = ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS")
+_ASK_FOR_A_TYPE = ("builtins", "_abc")
+
 # Frames of these modules and calls of these functions have effects that a graph does not show.
 _SILENT_MODULES = {
     "torch.autograd.grad_mode": "switches gradients",
@@ -103,15 +120,95 @@ _SILENT_CALLS: dict[Any, str] = {
 }
 
 
+class _Here:
+    """True in the thread that made it until `thread` is set to None, False in others."""
+
+    def __init__(self) -> None:
+        self.thread: int | None = threading.get_ident()
+
+    def __bool__(self) -> bool:
+        return self.thread == threading.get_ident()
+
+
+Methods = Mapping[str, Callable[..., Any]]
+
+
+@contextmanager
+def _methods_of_modules(hooks: Methods, here: _Here) -> Iterator[None]:
+    """Has nn.Module the methods `hooks`, by their names, where `here`; in other threads they do what they did."""
+    before = {name: nn.Module.__dict__.get(name) for name in hooks}
+    try:
+        for name, hook in hooks.items():
+            setattr(nn.Module, name, _where(here, hook, getattr(nn.Module, name)))
+        yield
+    finally:
+        # First of all, and no call: whatever interrupts what follows leaves methods that do what they did.
+        here.thread = None
+        for name, method in before.items():
+            if method is not None:
+                setattr(nn.Module, name, method)
+            elif name in nn.Module.__dict__:
+                delattr(nn.Module, name)
+
+
+def _where(here: _Here, hook: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (hook if here else otherwise)(module, *args, **kwargs)
+
+    return method
+
+
+def _no_compilation() -> AbstractContextManager[object]:
+    """Has torch.compile in other threads wait: what it would see of modules is not what is there afterwards."""
+    compiler = sys.modules.get("torch._dynamo.convert_frame")
+    return nullcontext() if compiler is None else compiler.compile_lock
+
+
+@contextmanager
+def _no_functions_of_autograd(watch: _Watch, here: _Here) -> Iterator[None]:
+    """Refuses calls of an autograd.Function where `here`: some versions of torch (2.15) crash when given proxies."""
+    function = torch.autograd.Function
+    before = function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if here:
+            watch.refuse("calls an autograd.Function")
+        return before.__get__(None, cls)(*args, **kwargs)
+
+    try:
+        function.apply = classmethod(apply)
+        yield
+    finally:
+        here.thread = None
+        function.apply = before
+
+
+@contextmanager
+def _said_to_trace(here: _Here) -> Iterator[None]:
+    """Tells torch.compile, which refuses to be traced, that torch.fx traces; in other threads it may run."""
+    if hasattr(fx_trace, "_is_fx_tracing_context"):  # from torch 2.15 on, of each thread its own
+        with fx_trace._is_fx_tracing_context(True):
+            yield
+        return
+    before = fx_trace._is_fx_tracing_flag
+    try:
+        # A bool to the checker; it is asked for its truth only.
+        fx_trace._is_fx_tracing_flag = here  # type: ignore[assignment]
+        yield
+    finally:
+        fx_trace._is_fx_tracing_flag = before
+
+
 class _Proxy(fx.Proxy):
     """A proxy that passes for a tensor, or for a list, where the traced code asks for its type."""
 
     # To the checker __class__ is settable, and always the class itself; here it is what the traced code is told.
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        if _is_library(sys._getframe(1)):
+        frame = sys._getframe(1)
+        # The tracer of these proxies is ours, which has these.
+        if _is_library(frame) or not self.tracer.watch.is_asked_by(frame):  # type: ignore[attr-defined]
             return _Proxy
-        # The tracer of these proxies is ours, which has the method.
         return self.tracer.type_of(self.node)  # type: ignore[attr-defined, no-any-return]
 
 
@@ -130,14 +227,60 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else what is computed with buffers would be a constant
 
-    def __init__(self, inline: frozenset[str], kinds: Kinds) -> None:
+    def __init__(self, inline: frozenset[str], kinds: Kinds, watch: _Watch) -> None:
         super().__init__()
-        self.inline, self.kinds = inline, kinds
+        self.inline, self.kinds, self.watch = inline, kinds, watch
         self.owners = [""]
         self.inputs: dict[str, str | None] = {}
         self.defaults: dict[str, Any] = {}
         self.positional: list[str] = []
         self.asked: set[str] = set()
+
+    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """As `torch.fx.Tracer.trace` of a module, but that modules which other threads run are none of its business."""
+        assert isinstance(root, nn.Module)
+        assert concrete_args is None
+        self.root, self.root_module_name = root, root._get_name()
+        self.submodule_paths = {module: path for path, module in root.named_modules()}
+        self.tensor_attrs = {
+            value: f"{path}.{name}" if path else name
+            for module, path in self.submodule_paths.items()
+            for name, value in module.__dict__.items()
+            if isinstance(value, (Tensor, torch.ScriptObject))
+        }
+        self.graph = fx.Graph(tracer_cls=type(self))
+        forward = type(root).forward
+        run, args = self.create_args_for_root(forward, True)
+        with self._recording(forward):
+            output = run(*args)
+        self.create_node("output", "output", (self.create_arg(output),), {})
+        return self.graph
+
+    @contextmanager
+    def _recording(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Records calls of modules and of functions, reads of parameters, and what `watch` wants to know."""
+        here, proxies = _Here(), dict[str, fx.Proxy]()
+        run_module, read_parameter = nn.Module.__call__, nn.Module.__getattr__
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            fx_trace._autowrap_check(patcher, _globals_of(module), self._autowrap_function_ids)
+            return self.call_module(module, functools.partial(run_module, module), args, kwargs)
+
+        def read(module: nn.Module, name: str) -> Any:
+            return self.getattr(name, read_parameter(module, name), proxies)
+
+        hooks = {"__call__": call, "__getattr__": read, **self.watch.hooks}
+        with _said_to_trace(here), fx_trace._Patcher() as patcher:
+            # Functions that are replaced do what they did for all but proxies.
+            fx_trace._patch_wrapped_functions(patcher)
+            for names in (forward.__globals__, *(module.__dict__ for module in self._autowrap_search)):
+                fx_trace._autowrap_check(patcher, names, self._autowrap_function_ids)
+            with (
+                self.watch.active(),
+                _no_functions_of_autograd(self.watch, here),
+                _methods_of_modules(hooks, here),
+            ):
+                yield
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -217,8 +360,12 @@ class _Tracer(fx.Tracer):
 class _NoRealTensors(TorchDispatchMode):
     """Refuses to compute: a result on real tensors would be a constant of the graph, or decide what is in it."""
 
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise TraceError(f"it calls {func} on tensors that do not depend on its inputs")
+        self.watch.refuse(f"calls {func} on tensors that do not depend on its inputs")
 
 
 class _Watch:
@@ -231,44 +378,47 @@ class _Watch:
         self.reads: dict[tuple[str, str, str], Any] = {}
         self.containers: list[tuple[Any, Any]] = []
         self.violation: str | None = None
+        self.draws = False  # this thread or another
+        self.calls_of_c: dict[types.FrameType, Any] = {}  # that have not returned, by the code that they are in
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        watch, profile = self, sys.getprofile()
-        states = _random_states()
+    @property
+    def hooks(self) -> Methods:
+        """What methods of nn.Module are to be meanwhile."""
 
         def read(module: nn.Module, name: str) -> Any:
-            watch._on_read(module, name)
+            self._on_read(module, name)
             return object.__getattribute__(module, name)
 
         def write(module: nn.Module, name: str, *value: Any) -> None:
             raise TraceError(f"it sets or deletes the attribute {name!r} of a module")
 
-        saved = {name: nn.Module.__dict__.get(name) for name in ("__getattribute__", "__setattr__", "__delattr__")}
+        return {"__getattribute__": read, "__setattr__": write, "__delattr__": write}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        profile, states = sys.getprofile(), _random_states()
         try:
-            # Patched on the class, as torch.fx patches __call__ and __getattr__, and for as long.
-            # The checker refuses what is the purpose here: methods are replaced, and put back below.
-            nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
-            nn.Module.__setattr__ = nn.Module.__delattr__ = write  # type: ignore[method-assign, assignment]
             if isinstance(profile, _lsprof.Profiler):  # cProfile's, which sys.setprofile cannot put back
                 profile.disable()
             sys.setprofile(self._audit)
-            with _NoRealTensors():
+            with _NoRealTensors(self):
                 yield
         finally:
             sys.setprofile(None if isinstance(profile, _lsprof.Profiler) else profile)
             if isinstance(profile, _lsprof.Profiler):
                 profile.enable()
-            for name, value in saved.items():
-                if value is None:
-                    delattr(nn.Module, name)
-                else:
-                    setattr(nn.Module, name, value)
+            self.calls_of_c.clear()
             self._restore_containers()
-        if _random_states() != states:
+        self.draws = _random_states() != states
+        if self.draws:
             self.violation = self.violation or "it draws random numbers of Python or NumPy"
         if self.violation is not None:
             raise TraceError(self.violation)
+
+    def refuse(self, effect: str) -> NoReturn:
+        """Ends the tracing for the first effect that was seen: what follows, a checkpoint's say, may be torch's own."""
+        self.violation = self.violation or f"it {effect}"
+        raise TraceError(self.violation)
 
     def guards(self) -> tuple[Guard, ...]:
         found = [
@@ -283,7 +433,7 @@ class _Watch:
         if path is None:
             return
         if name == "_modules":
-            if sys._getframe(2).f_code.co_name != "named_modules":  # torch.fx's own reading
+            if sys._getframe(3).f_code.co_name != "named_modules":  # torch.fx's own reading
                 self.reads[path, "children", name] = tuple(state[name])
         elif name in state:
             if name not in _BASE_ATTRIBUTES:
@@ -312,7 +462,22 @@ class _Watch:
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(snapshot)
 
+    def is_asked_by(self, frame: types.FrameType) -> bool:
+        """Whether the code of `frame` asks for a type, not a function in C that it calls.
+
+        Those of torch go on to read from the tensor that they were told to have; some versions (2.15) then crash.
+        """
+        if _operation(frame) in _ASKS_FOR_A_TYPE:
+            return True
+        if frame not in self.calls_of_c:
+            self.refuse("gives what depends on its inputs to C, which asks for its type")
+        return getattr(self.calls_of_c[frame], "__module__", None) in _ASK_FOR_A_TYPE
+
     def _audit(self, frame: types.FrameType, event: str, function: Any) -> None:
+        if event == "c_call":
+            self.calls_of_c[frame] = function
+        elif event.startswith("c_"):
+            self.calls_of_c.pop(frame, None)
         caller = frame.f_back if event == "call" else frame
         if self.violation is not None or caller is None or _module_name(caller).startswith("torch.fx"):
             return
@@ -338,6 +503,11 @@ class _Watch:
         self.violation = f"it {effect}"
 
 
+def _globals_of(module: nn.Module) -> dict[str, Any]:
+    """Of the function that is the forward of `module`."""
+    return getattr(getattr(module, "forward", module), "__globals__", {})
+
+
 def _module_name(frame: types.FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))
 
@@ -345,6 +515,14 @@ def _module_name(frame: types.FrameType) -> str:
 def _is_library(frame: types.FrameType) -> bool:
     name = _module_name(frame)
     return name == "torch" or name.startswith(("torch.", "fastlayers.fusion"))
+
+
+def _operation(frame: types.FrameType) -> str:
+    """The name of what Python does in the frame at the moment."""
+    code, index = frame.f_code.co_code, frame.f_lasti
+    while dis.opname[code[index]] == "CACHE":  # behind an operation are entries of its own
+        index -= 2
+    return dis.opname[code[index]]
 
 
 def _writes_outside(code: types.CodeType) -> bool:
@@ -433,30 +611,26 @@ def trace(module: nn.Module, inline: frozenset[str] = frozenset(), kinds: Kinds 
     Raises:
         TraceError: no graph does what the forward does.
     """
-    tracer, watch = _Tracer(inline, kinds or {}), _Watch(module)
-    run_root = tracer.create_args_for_root
-
-    def watched(root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        run, args = run_root(root_fn, is_module, concrete_args)
-
-        def run_watched(*proxies: fx.Proxy) -> Any:
-            with watch.active():
-                return run(*proxies)
-
-        return run_watched, args
-
-    # Of this one tracer, whose method has no hook for it.
-    tracer.create_args_for_root = watched  # type: ignore[method-assign]
-    try:
-        graph = tracer.trace(module)
-    except TraceError:
-        raise
-    except Exception as error:  # the forward is any code, and so may fail in any way with proxies
-        raise TraceError(
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        ) from None
+    graph, tracer, watch = _traced(module, inline, kinds or {})
     inlined = tuple(
         Guard(tuple(path.split(".")), "inlined", "", class_of(module.get_submodule(path))) for path in sorted(inline)
     )
     guards, positional = inlined + watch.guards(), tuple(tracer.positional)
     return Traced(graph, guards, tracer.inputs, tracer.defaults, positional, frozenset(tracer.asked))
+
+
+def _traced(module: nn.Module, inline: frozenset[str], kinds: Kinds) -> tuple[fx.Graph, _Tracer, _Watch]:
+    attempts = 0
+    while True:
+        attempts += 1
+        watch = _Watch(module)
+        tracer = _Tracer(inline, kinds, watch)
+        try:
+            with _no_compilation(), _tracing:
+                return tracer.trace(module), tracer, watch
+        except TraceError:
+            if not watch.draws or threading.active_count() == 1 or attempts == _ATTEMPTS:
+                raise
+        except Exception as error:  # the forward is any code, and so may fail in any way with proxies
+            first_line = str(error).strip().splitlines()[0] if str(error) else ""
+            raise TraceError(f"{type(error).__name__}: {first_line}") from None

@@ -2,7 +2,7 @@
 
 from fastlayers import models
 
-models.CNN()                           # BatchNorm, ReLU and Dropout2d of each block are one fused layer
+models.CNN()                           # BatchNorm, ReLU, Dropout2d and max-pool of each block are one fused layer
 models.CNN(layers="torch")             # its plain twin: the same state_dict, the same training for the same seed
 models.res18(act="mish", stem=(3, 3))  # ResNet-18 for 32 x 32 images
 models.build("cnn_b", drop_p=0.3)      # by name, from a config

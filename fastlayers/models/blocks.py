@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, count, pairwise
 
 from torch import Tensor, nn
 
 from fastlayers.models import arguments
-from fastlayers.models.layers import NAMES, Style
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Sizes of a max-pool, in pixels."""
-
-    kernel: int
-    stride: int
-    padding: int = 0
+from fastlayers.models.layers import NAMES, Pool, Style
 
 
 @dataclass(frozen=True)
@@ -43,13 +34,11 @@ class ConvBlock:
     def build(self, style: Style) -> nn.Sequential:
         """The layers, by the names of `layers.NAMES`."""
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        features = self.in_channels
+        style, features = replace(style, pool=self.pool), self.in_channels
         for run in style.runs(self.order):
             if run == "C":
                 layers[NAMES[run]] = self.conv()
                 features = self.out_channels
-            elif run == "M":
-                layers[NAMES[run]] = self._max_pool()
             else:
                 layers.update(style.layers(run, features))
         return nn.Sequential(layers)
@@ -68,10 +57,6 @@ class ConvBlock:
             elif letter == "M" and self.pool is not None:
                 size = _size_after(size, self.pool.kernel, self.pool.stride, self.pool.padding)
         return size
-
-    def _max_pool(self) -> nn.MaxPool2d:
-        assert self.pool is not None, f"{self.order}: M needs `pool`"
-        return nn.MaxPool2d(self.pool.kernel, self.pool.stride, self.pool.padding)
 
 
 def linear_block(in_features: int, out_features: int, letters: str, style: Style) -> nn.Sequential:

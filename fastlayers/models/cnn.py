@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from fastlayers.activations import ActLayer
 from fastlayers.models import arguments
-from fastlayers.models.blocks import ConvBlock, ConvNet, Pool
-from fastlayers.models.layers import NAMES, DropMode, Layers, style
+from fastlayers.models.blocks import ConvBlock, ConvNet
+from fastlayers.models.layers import NAMES, DropMode, Layers, Pool, style
 
 _DROP_P = 0.4
 
@@ -19,8 +19,10 @@ class CNN(ConvNet):
     Input: (N, in_channels, *image_size); output: (N, num_classes).
 
     `order` says what a block is made of, each letter at most once: C convolution (needed), B BatchNorm, R activation,
-    D dropout, M max-pool. What is not in it is left out, and arguments for it mean nothing. With fastlayers, a B with
-    the R, the D or both that follow it is one layer. A convolution has a bias only where no B follows directly.
+    D dropout, M max-pool. What is not in it is left out, and arguments for it mean nothing. With fastlayers, a B is one
+    layer with the R, D and M that follow it, in this order or with the M before the D or, if R nowhere falls, before
+    the R. Where D drops elements it is not in one layer with M. A convolution has a bias only where no B follows
+    directly.
 
     Args:
         order: such as "CBRDM", "DCBRM", "CRDBM", or "CRDM" without BatchNorm.

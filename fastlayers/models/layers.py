@@ -1,7 +1,7 @@
-"""What stands between two layers with weights: BatchNorm, activation and dropout, by torch or fused.
+"""What stands between two layers with weights: BatchNorm, activation, dropout and max-pool, by torch or fused.
 
 The one place that knows how the two kinds of layers differ. Letters say what is meant, in order: B BatchNorm,
-R activation (ReLU, as a rule), D dropout.
+R activation (ReLU, as a rule), D dropout, M max-pool.
 """
 
 from __future__ import annotations
@@ -21,18 +21,27 @@ from fastlayers.modules import BatchNorm1d, BatchNorm2d, BatchNormAct1d, BatchNo
 #: Under which name, and so with which keys of the state, a network has what a letter stands for.
 NAMES = {"C": "conv", "B": "norm", "R": "act", "D": "drop", "M": "pool"}
 
-#: What one fused layer can be: as many of these letters in a row as there are.
-_FUSED_RUN = "BR?D?"
-_RUNS = re.compile(f"{_FUSED_RUN}|[{''.join(NAMES)}]")
-
 NORMS = ("batch", "none")
 Norm = Literal["batch", "none"]
 DropMode = Literal["channel", "element"]
 
 
 @dataclass(frozen=True)
+class Pool:
+    """Sizes of a max-pool, in pixels."""
+
+    kernel: int
+    stride: int
+    padding: int = 0
+
+    def layer(self) -> nn.MaxPool2d:
+        """Torch's layer."""
+        return nn.MaxPool2d(self.kernel, self.stride, self.padding)
+
+
+@dataclass(frozen=True)
 class Style:
-    """What B, R and D mean in one network, and whose layers it is made of.
+    """What B, R, D and M mean in one network, and whose layers it is made of.
 
     Attributes:
         kit: makes the layers.
@@ -40,6 +49,7 @@ class Style:
         drop_p: the probability of D. For 0 there is no layer.
         drop_mode: whether D drops channels or elements.
         images: whether the layers get (N, C, H, W), or (N, C).
+        pool: what M is, where there is one.
     """
 
     kit: LayerKit
@@ -47,17 +57,32 @@ class Style:
     drop_p: float
     drop_mode: str
     images: bool
+    pool: Pool | None = None
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether D drops channels."""
+        return self.images and self.drop_mode == "channel"
 
     def layers(self, letters: str, features: int) -> dict[str, nn.Module]:
-        """The layers that `letters`, of B, R and D, stand for, by name in order, for `features` channels."""
+        """The layers that `letters`, of B, R, D and M, stand for, by name in order, for `features` channels."""
         return {name: layer for run in self.runs(letters) for name, layer in self.kit(run, features, self).items()}
 
     def runs(self, letters: str) -> Iterator[str]:
         """`letters` as runs, each of which can be one layer; without the dropout that would drop nothing."""
-        yield from _RUNS.findall(letters if self.drop_p else letters.replace("D", ""))
+        pattern = "|".join((*self._fused_runs(), *NAMES))
+        yield from re.findall(pattern, letters if self.drop_p else letters.replace("D", ""))
+
+    def _fused_runs(self) -> Iterator[str]:
+        """What one fused layer can be, as regular expressions, of which the first that fits counts."""
+        # Max-pool commutes with activations that nowhere fall, and with dropout of channels. A random activation draws
+        # other numbers behind it.
+        if self.act.monotone and self.act.random is None:
+            yield "BMRD?" if self.by_channel else "BMR"
+        yield from ("BR?MD", "BR?D?M?") if self.by_channel else ("BR?D", "BR?M?")
 
 
-#: From a run of the letters B, R and D, the number of features and the style to layers by their names in `NAMES`.
+#: From a run of the letters B, R, D and M, the number of features and the style to layers by their names in `NAMES`.
 #: One layer alone for a whole run from B on, such as "BR", is called with the residual too, where there is one.
 LayerKit = Callable[[str, int, Style], dict[str, nn.Module]]
 
@@ -73,16 +98,17 @@ def torch_layers(run: str, features: int, style: Style) -> dict[str, nn.Module]:
 
 def fused_layers(run: str, features: int, style: Style) -> dict[str, nn.Module]:
     """One layer for the whole run. It keeps the name, and thus the state, of the BatchNorm."""
-    if run == "R":  # alone it is torch's: there is nothing to fuse it with
+    if run in ("R", "M"):  # alone they are torch's: there is nothing to fuse them with
         return torch_layers(run, features, style)
     if run == "D":
-        return {"drop": (Dropout2d if _by_channel(style) else Dropout)(style.drop_p)}
+        return {"drop": (Dropout2d if style.by_channel else Dropout)(style.drop_p)}
     if run == "B":
         return {"norm": (BatchNorm2d if style.images else BatchNorm1d)(features)}
     layer = BatchNormAct2d if style.images else BatchNormAct1d
     drop_p = style.drop_p if "D" in run else 0.0
     act = style.act if "R" in run else None
-    return {"norm": layer(features, act_layer=act, drop_p=drop_p, drop_mode=style.drop_mode)}
+    pool = _max_pool(style) if "M" in run else None
+    return {"norm": layer(features, act_layer=act, drop_p=drop_p, drop_mode=style.drop_mode, pool=pool)}
 
 
 KITS: dict[str, LayerKit] = {"fastlayers": fused_layers, "torch": torch_layers}
@@ -111,9 +137,12 @@ def _torch_layer(letter: str, features: int, style: Style) -> nn.Module:
             return nn.BatchNorm2d(features) if style.images else nn.BatchNorm1d(features)
         case "R":
             return activations.as_module(style.act)
+        case "M":
+            return _max_pool(style)
         case _:
-            return nn.Dropout2d(style.drop_p) if _by_channel(style) else nn.Dropout(style.drop_p)
+            return nn.Dropout2d(style.drop_p) if style.by_channel else nn.Dropout(style.drop_p)
 
 
-def _by_channel(style: Style) -> bool:
-    return style.images and style.drop_mode == "channel"
+def _max_pool(style: Style) -> nn.MaxPool2d:
+    assert style.pool is not None, "M needs the style's `pool`"
+    return style.pool.layer()

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from fastlayers.activations import ActLayer
 from fastlayers.models import arguments
-from fastlayers.models.blocks import ConvBlock, ConvNet, Pool
-from fastlayers.models.layers import Layers, dense_style, style
+from fastlayers.models.blocks import ConvBlock, ConvNet
+from fastlayers.models.layers import Layers, Pool, dense_style, style
 
 _CHANNELS = (6, 16)
 _HIDDEN = (120, 84)

@@ -9,8 +9,8 @@ from torch import nn
 
 from fastlayers.activations import ActLayer
 from fastlayers.models import arguments
-from fastlayers.models.blocks import ConvBlock, ConvNet, Pool
-from fastlayers.models.layers import NORMS, Layers, Norm, dense_style, style
+from fastlayers.models.blocks import ConvBlock, ConvNet
+from fastlayers.models.layers import NORMS, Layers, Norm, Pool, dense_style, style
 
 # Simonyan and Zisserman 2014, table 1, column A: channels of 3x3 convolutions, and whether a max-pool follows.
 _WIDTHS = (64, 128, 256, 256, 512, 512, 512, 512)

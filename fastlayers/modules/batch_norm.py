@@ -9,6 +9,7 @@ from fastlayers import backends, functional, unfused
 from fastlayers.activations import IDENTITY, Activation
 from fastlayers.modules import guards
 from fastlayers.modules.script import NotScriptable
+from fastlayers.pooling import Pool
 
 
 class _FusedBatchNorm(NotScriptable, nn.modules.batchnorm._BatchNorm):
@@ -23,6 +24,7 @@ class _FusedBatchNorm(NotScriptable, nn.modules.batchnorm._BatchNorm):
     frozen: bool = False
     # Of "weight" and "bias" those whose gradients freezing has switched off.
     _frozen_parameters: tuple[str, ...] = ()
+    _eps: float
 
     def __init__(
         self,
@@ -46,16 +48,16 @@ class _FusedBatchNorm(NotScriptable, nn.modules.batchnorm._BatchNorm):
         """What is added to the variance.
 
         Everything that rebuilds a BatchNorm as another layer, or folds it into one, reads this; some do it by the class
-        and would leave out what this layer does besides. They get an error (`guards`). `forward` reads ``__dict__``.
+        and would leave out what this layer does besides. They get an error (`guards`). `forward` asks `eps_of`.
         """
         if not torch.compiler.is_compiling():
             guards.raise_if_reader_would_lose(self._fused_with(), self.frozen, self)
-        value: float = self.__dict__["eps"]
-        return value
+        return self._eps
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self.__dict__["eps"] = value
+        # Twice: torch.compile of torch 2.11 takes __dict__["eps"] for a call of the property, and extra_repr reads it.
+        self.__dict__["eps"] = self._eps = value
 
     def _fused_with(self) -> tuple[str, ...]:
         """What this layer does besides normalising, in words."""
@@ -82,12 +84,19 @@ class _FusedBatchNorm(NotScriptable, nn.modules.batchnorm._BatchNorm):
         drop_p: float = 0.0,
         drop_mode: str = "channel",
         drops: bool | None = None,
+        pool: Pool | None = None,
     ) -> Tensor:
-        return batch_norm_of(self, input, residual, act, drop_p, drop_mode, drops)
+        return batch_norm_of(self, input, residual, act, drop_p, drop_mode, drops, pool)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises `input`; updates the running statistics in training."""
         return self._fused(input)
+
+
+def eps_of(layer: nn.Module) -> float:
+    """What `layer`, torch's or ours, adds to the variance, for code that knows what else it does."""
+    value: float = layer._eps if isinstance(layer, _FusedBatchNorm) else layer.eps
+    return value
 
 
 def fused_batch_norm(
@@ -98,8 +107,9 @@ def fused_batch_norm(
     drop_p: float = 0.0,
     drop_mode: str = "channel",
     drops: bool | None = None,
+    pool: Pool | None = None,
 ) -> Tensor:
-    """``dropout(act(layer(input) + residual))`` with the state and the mode of `layer`, torch's or ours, in one pass.
+    """``pool(dropout(act(layer(input) + residual)))`` with the state and mode of `layer`, torch's or ours, in one pass.
 
     Args:
         layer: read at the call: parameters, statistics, `momentum`, `eps`, `training`.
@@ -107,10 +117,11 @@ def fused_batch_norm(
         act: the activation.
         drop_p, drop_mode: as in `functional.batch_norm_act`.
         drops: whether to drop, and to draw random slopes; None is as `layer` trains.
+        pool: max-pooling of the result, for as many dimensions as `input` has; or None.
     """
     if isinstance(layer, _FusedBatchNorm):
-        return layer._fused(input, residual, act, drop_p, drop_mode, drops)
-    return batch_norm_of(layer, input, residual, act, drop_p, drop_mode, drops)
+        return layer._fused(input, residual, act, drop_p, drop_mode, drops, pool)
+    return batch_norm_of(layer, input, residual, act, drop_p, drop_mode, drops, pool)
 
 
 def batch_norm_of(
@@ -121,6 +132,7 @@ def batch_norm_of(
     drop_p: float,
     drop_mode: str,
     drops: bool | None,
+    pool: Pool | None = None,
 ) -> Tensor:
     """`fused_batch_norm` with the statistics of this process, for any layer."""
     layer._check_input_dim(input)
@@ -135,12 +147,12 @@ def batch_norm_of(
             num_batches_tracked = layer.num_batches_tracked
         else:
             running_mean = running_var = None
-    momentum, eps = layer.momentum, layer.__dict__["eps"]
+    momentum, eps = layer.momentum, eps_of(layer)
     dropping = drop_p if stochastic else 0.0
     if momentum is not None and act.random is None and backends.prefers_torch(input, dropping):
         output = unfused.tiny_batch_norm_act(
             input, running_mean, running_var, weight, bias, residual, num_batches_tracked,
-            batch_statistics, momentum, eps, act, dropping, drop_mode,
+            batch_statistics, momentum, eps, act, dropping, drop_mode, pool,
         )  # fmt: skip
         if output is not None:
             return output
@@ -159,6 +171,7 @@ def batch_norm_of(
         drop_mode=drop_mode,
         num_batches_tracked=num_batches_tracked,
         stochastic=stochastic,
+        pool=pool,
     )
 
 

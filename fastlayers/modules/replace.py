@@ -144,6 +144,8 @@ def _become(layer: nn.Module, cls: type[nn.Module], **attributes: object) -> nn.
     """A layer of another class with all that `layer` has."""
     new = cls.__new__(cls)
     new.__dict__.update(layer.__dict__)
+    if issubclass(cls, _FusedBatchNorm):
+        new.__dict__["_eps"] = new.__dict__["eps"]
     # Tables of its own for what may be replaced in one layer later. Those of hooks are shared: their handles hold them.
     for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         new.__dict__[table] = layer.__dict__[table].copy()

@@ -13,6 +13,7 @@ from fastlayers import checks, collectives, functional
 from fastlayers.activations import IDENTITY, Activation, ActLayer
 from fastlayers.modules.batch_norm import _FusedBatchNorm
 from fastlayers.modules.batch_norm_act import DropLayer, _BatchNormAct
+from fastlayers.pooling import Numbers, Pool, PoolLayer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,11 +61,12 @@ class SyncBatchNorm(_FusedBatchNorm):
         drop_p: float = 0.0,
         drop_mode: str = "channel",
         drops: bool | None = None,
+        pool: Pool | None = None,
     ) -> Tensor:
         synchronises = self.training and not self.frozen
         group = collectives.group_to_synchronise(self.process_group) if synchronises else None
         if group is None:
-            return super()._fused(input, residual, act, drop_p, drop_mode, drops)
+            return super()._fused(input, residual, act, drop_p, drop_mode, drops, pool)
         tracks = self.track_running_stats
         return functional.sync_batch_norm_act(
             input,
@@ -73,7 +75,7 @@ class SyncBatchNorm(_FusedBatchNorm):
             self.weight,
             self.bias,
             self.momentum,
-            self.__dict__["eps"],
+            self._eps,
             process_group=group,
             num_features=self.num_features,
             residual=residual,
@@ -81,6 +83,7 @@ class SyncBatchNorm(_FusedBatchNorm):
             drop_p=0.0 if drops is False else drop_p,
             drop_mode=drop_mode,
             num_batches_tracked=self.num_batches_tracked if tracks else None,
+            pool=pool,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
@@ -94,9 +97,11 @@ class SyncBatchNorm(_FusedBatchNorm):
 
 
 class SyncBatchNormAct(_BatchNormAct, SyncBatchNorm):
-    """`SyncBatchNorm`, residual add, activation and dropout. Arguments: those of `BatchNormAct2d`, and `process_group`.
+    """`SyncBatchNorm`, residual add, activation, dropout and max-pool.
 
-    Each rank draws masks of dropout of its own.
+    Arguments: those of `BatchNormAct2d`, and `process_group`. Each rank draws masks of dropout of its own. With several
+    processes, max-pool is a pass of its own, by torch. It has as many dimensions as the layer given as `pool`, or
+    numbers in the tuple given as `pool_kernel_size`.
     """
 
     def __init__(
@@ -114,6 +119,12 @@ class SyncBatchNormAct(_BatchNormAct, SyncBatchNorm):
         *,
         drop_p: float | None = None,
         drop_mode: str | None = None,
+        pool: PoolLayer = None,
+        pool_kernel_size: Numbers | None = None,
+        pool_stride: Numbers | None = None,
+        pool_padding: Numbers = 0,
+        pool_dilation: Numbers = 1,
+        pool_ceil_mode: bool = False,
         process_group: ProcessGroup | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
@@ -121,6 +132,8 @@ class SyncBatchNormAct(_BatchNormAct, SyncBatchNorm):
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, apply_act, act_layer, act_kwargs, inplace,
-            drop_layer, drop_p=drop_p, drop_mode=drop_mode, bias=bias, device=device, dtype=dtype,
+            drop_layer, drop_p=drop_p, drop_mode=drop_mode, pool=pool, pool_kernel_size=pool_kernel_size,
+            pool_stride=pool_stride, pool_padding=pool_padding, pool_dilation=pool_dilation,
+            pool_ceil_mode=pool_ceil_mode, bias=bias, device=device, dtype=dtype,
         )  # fmt: skip
         self.process_group = process_group

@@ -9,11 +9,14 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 DatasetName = Literal["cifar10", "mnist", "digits"]
+_FOLDER = resources.files("fastlayers.studies") / "reports"
+
 PlotName = Literal[
     "curves", "bars", "against_x", "schedules", "landscape", "focal", "activation_slopes", "seconds_per_epoch"
 ]
@@ -143,6 +146,10 @@ class Report(_Frozen):
     studies: tuple[Study, ...]
 
 
+class ConfigError(ValueError):
+    """A file does not describe a report; the message says which and why."""
+
+
 class UnknownStudyError(KeyError):
     """There is no such study; the message names those that there are."""
 
@@ -152,10 +159,16 @@ class UnknownStudyError(KeyError):
 
 @cache
 def reports() -> tuple[Report, ...]:
-    """The five reports, in order of their letters."""
-    files = resources.files("fastlayers.studies") / "reports"
-    texts = {file.name: file.read_text(encoding="utf-8") for file in files.iterdir() if file.name.endswith(".toml")}
-    return tuple(read_report(name[0].upper(), texts[name]) for name in sorted(texts))
+    """The five reports, in order of their letters; ConfigError where a file describes none."""
+    files = [file for file in _FOLDER.iterdir() if file.name.endswith(".toml")]
+    return tuple(_read(file) for file in sorted(files, key=lambda file: file.name))
+
+
+def _read(file: Traversable) -> Report:
+    try:
+        return read_report(file.name[0].upper(), file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{file} describes no report ({type(error).__name__}: {error})") from error
 
 
 def study(name: str) -> Study:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastlayers.studies.classifier import Batch, Classifier
-from fastlayers.studies.results import LANDSCAPE_FILE, write_whole
+from fastlayers.studies.results import LANDSCAPE_FILE
+from fastlayers.writing import write_whole
 
 # Steps along the gradient, in learning rates: what the optimizer would do, half of it, and twice.
 _REACHES = (0.5, 1.0, 2.0)
@@ -82,7 +83,7 @@ class Landscape(Callback):
             loss_low=low.astype(np.float32),
             loss_high=high.astype(np.float32),
         )
-        write_whole(folder / LANDSCAPE_FILE, content.getvalue())
+        write_whole(folder / LANDSCAPE_FILE, content.getbuffer())
 
 
 def look_around(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastlayers.studies.config import Training
+from fastlayers.writing import write_whole
 
 Layers = Literal["fastlayers", "torch"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -18,6 +18,11 @@ Precision = Literal["float32", "bfloat16", "float16"]
 RESULT_FILE = "result.json"
 FAILURE_FILE = "failure.txt"
 LANDSCAPE_FILE = "landscape.npz"
+
+# A result of a thousand epochs has a quarter of a megabyte.
+_MOST_BYTES = 64 << 20
+# The end of a traceback, in which its last line is.
+_LAST_BYTES = 64 << 10
 
 
 class _Frozen(BaseModel):
@@ -114,8 +119,17 @@ class Store:
         return self.root / job.folder
 
     def is_finished(self, job: Job) -> bool:
-        """Whether the run has a result."""
-        return (self.folder(job) / RESULT_FILE).is_file()
+        """Whether the run has a result.
+
+        Raises ResultError where it has a file that is none, or is another run's.
+        """
+        path = self.folder(job) / RESULT_FILE
+        if not path.exists():
+            return False
+        found = read_result(path)
+        if found.job != job:
+            raise ResultError(f"{path} is the result of another run: {found.job.model_dump_json()}")
+        return True
 
     def write(self, result: Result) -> None:
         """Files the result, as a whole or not at all."""
@@ -124,17 +138,18 @@ class Store:
     def results(self) -> Iterator[Result]:
         """Every result there is, in order of the folders' names.
 
-        Raises ResultError for a file that is no result.
+        Raises ResultError for a file that is no result, or is not where its run's result should be.
         """
         for path in sorted(self.root.glob(f"*/*/{RESULT_FILE}")):
-            yield read_result(path)
+            result = read_result(path)
+            if self.folder(result.job) != path.parent:
+                raise ResultError(f"{path} is the result of another run, of {result.job.folder}")
+            yield result
 
     def failures(self) -> dict[str, str]:
         """The last line of what every failed run left, by the name of its folder."""
         found = sorted(self.root.glob(f"*/*/{FAILURE_FILE}"))
-        lines = {
-            str(path.parent.relative_to(self.root)): path.read_text(encoding="utf-8").splitlines() for path in found
-        }
+        lines = {str(path.parent.relative_to(self.root)): _end_of(path).splitlines() for path in found}
         return {name: text[-1] for name, text in lines.items() if text}
 
 
@@ -145,17 +160,23 @@ class ResultError(Exception):
 def read_result(path: Path) -> Result:
     """The result in a JSON file; ResultError where it is none."""
     try:
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            raise ResultError(f"{path} is not the result of a run: it has {size} bytes, more than {_MOST_BYTES}")
         return Result.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ResultError(f"{path} is not the result of a run: {error.errors()[0]['msg']}") from error
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ResultError(f"{path} is not the result of a run: {where}: {first['msg']}") from error
+    except OSError as error:
+        raise ResultError(f"{path} cannot be read: {error}") from error
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file by way of another, so that nobody ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _end_of(path: Path) -> str:
+    """The end of a text file, whatever its bytes; ResultError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _LAST_BYTES))
+            return file.read(_LAST_BYTES).decode(errors="replace")
+    except OSError as error:
+        raise ResultError(f"{path} cannot be read: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,10 +23,12 @@ from torch.utils.data import DataLoader
 import fastlayers as fl
 from fastlayers import data, models
 from fastlayers.data.augmentation import Augmentation, Augmenter
+from fastlayers.studies.checkpoints import RunCheckpoints
 from fastlayers.studies.classifier import Batch, Classifier
 from fastlayers.studies.config import Network, Training
 from fastlayers.studies.landscape import Landscape
-from fastlayers.studies.results import FAILURE_FILE, Environment, Job, Layers, Precision, Result, Store, write_whole
+from fastlayers.studies.results import FAILURE_FILE, Environment, Job, Layers, Precision, Result, Store
+from fastlayers.writing import remove_partials, write_whole
 
 # Nothing is kept of an evaluation, so that its batches can be large.
 EVALUATION_BATCH = 500
@@ -124,7 +127,8 @@ def run(job: Job, machine: Machine) -> Result | None:
 
     Returns None in processes that only help.
 
-    Raises what training raises; then, too, `failure.txt` says so beside the checkpoints.
+    Raises what training raises, KeyboardInterrupt for Ctrl-C, and CheckpointError where `last.ckpt` is nothing to go on
+    from. Errors, which Ctrl-C is not, are in `failure.txt` beside the checkpoints, too.
     """
     store = Store(machine.out)
     folder = store.folder(job)
@@ -132,14 +136,18 @@ def run(job: Job, machine: Machine) -> Result | None:
     write_whole(folder / "job.json", job.model_dump_json(indent=1))
     try:
         result = _train(job, machine, folder)
-    except Exception:
-        write_whole(folder / FAILURE_FILE, traceback.format_exc())
+    except Exception as error:
+        try:
+            write_whole(folder / FAILURE_FILE, traceback.format_exc())
+        except OSError as other:  # of a full disk, say, which the first may be about
+            error.add_note(f"That could not be written down: {other}")
         raise
     if result is not None:
         (folder / FAILURE_FILE).unlink(missing_ok=True)
         store.write(result)
+        remove_partials(folder)
         if (folder / f"{BEST}.ckpt").is_file():
-            (folder / f"{LAST}.ckpt").unlink()
+            (folder / f"{LAST}.ckpt").unlink(missing_ok=True)
     return result
 
 
@@ -153,16 +161,28 @@ def _train(job: Job, machine: Machine, folder: Path) -> Result | None:
         classifier = _classifier(job, images, module.evaluated)
         trainer = _trainer(job, machine, folder)
         last = folder / f"{LAST}.ckpt"
-        trainer.fit(classifier, datamodule=module, ckpt_path=last if last.is_file() else None, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        best = folder / f"{BEST}.ckpt"
-        scored = best if best.is_file() else last
-        (scores,) = trainer.test(classifier, datamodule=module, ckpt_path=scored, verbose=False, weights_only=True)
+        with _interruptible(trainer):
+            trainer.fit(classifier, datamodule=module, ckpt_path=last if last.is_file() else None, weights_only=True)
+            best = folder / f"{BEST}.ckpt"
+            scored = best if best.is_file() else last
+            (scores,) = trainer.test(classifier, datamodule=module, ckpt_path=scored, verbose=False, weights_only=True)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning has it
         if isinstance(callback, Landscape) and trainer.is_global_zero:
             callback.save(folder)
     return _result(job, machine, module, classifier, scores) if trainer.is_global_zero else None
+
+
+@contextmanager
+def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
+    """Has Ctrl-C raise KeyboardInterrupt, and again the next time: Lightning exits, and ignores Ctrl-C from then on."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None
 
 
 def load(training: Training, machine: Machine) -> data.DataSet:
@@ -208,6 +228,7 @@ def _trainer(job: Job, machine: Machine, folder: Path) -> pl.Trainer:
         logger=[CSVLogger(folder, name="csv"), TensorBoardLogger(folder, name="tensorboard", version="")],
         log_every_n_steps=1,
         callbacks=_callbacks(training, machine, folder),
+        plugins=[RunCheckpoints(job, folder)],
         use_distributed_sampler=False,
         enable_progress_bar=machine.progress,
         enable_model_summary=False,

@@ -31,11 +31,11 @@ def in_turn(jobs: Iterable[Job], machine: Machine, before: Callable[[Job], objec
     """
     store = Store(machine.out)
     for job in jobs:
-        if store.is_finished(job):
-            yield Finished(job, "done before")
-            continue
-        before(job)
-        yield _attempt(job, machine)
+        finished = _earlier(store, job)
+        if finished is None:
+            before(job)
+            finished = _attempt(job, machine)
+        yield finished
 
 
 def by_ray(jobs: Iterable[Job], machine: Machine, address: str | None) -> Iterator[Finished]:
@@ -56,10 +56,11 @@ def by_ray(jobs: Iterable[Job], machine: Machine, address: str | None) -> Iterat
         quiet = machine.model_copy(update={"progress": False, "threads": machine.threads or 1})
         waiting = {}
         for job in jobs:
-            if store.is_finished(job):
-                yield Finished(job, "done before")
-            else:
+            finished = _earlier(store, job)
+            if finished is None:
                 waiting[attempt.remote(job, quiet)] = job
+            else:
+                yield finished
         while waiting:
             (done,), _ = ray.wait(list(waiting))
             job = waiting.pop(done)
@@ -69,6 +70,14 @@ def by_ray(jobs: Iterable[Job], machine: Machine, address: str | None) -> Iterat
                 yield Finished(job, "failed", str(error).strip().splitlines()[-1])
     finally:
         ray.shutdown()
+
+
+def _earlier(store: Store, job: Job) -> Finished | None:
+    """What became of a job that needs nothing done now: it is done, or something else is in its place."""
+    try:
+        return Finished(job, "done before") if store.is_finished(job) else None
+    except ResultError as error:
+        return Finished(job, "failed", f"{error}; remove it, and the run is done again")
 
 
 def _attempt(job: Job, machine: Machine) -> Finished:

@@ -149,12 +149,14 @@ def merge_sums(PARTIALS, SUMS, GRAD_WEIGHT, GRAD_BIAS, channels, parts, B0: tl.c
 
 
 @triton.jit
-def _mean(total, count, ACC: tl.constexpr):
+def mean_of(total, count, ACC: tl.constexpr):
+    """The mean of `count` values from their sum."""
     return (total / count.to(tl.float64)).to(ACC)
 
 
 @triton.jit
-def _input_gradient(g, normalised, mean_g, mean_gx, factor):
+def batch_gradient(g, normalised, mean_g, mean_gx, factor):
+    """The gradient of a batch's input: see above."""
     return (g - mean_g[None, :] - normalised * mean_gx[None, :]) * factor[None, :]
 
 
@@ -178,8 +180,8 @@ def input_gradient(
     weight = load_channels(WEIGHT, channel, channels, 1.0, ACC)
     bias = load_channels(BIAS, channel, channels, 0.0, ACC)
     if DX is not None:
-        mean_g = _mean(load_channels(SUMS, channel, channels, 0.0, tl.float64), count, ACC)
-        mean_gx = _mean(load_channels(SUMS + channels, channel, channels, 0.0, tl.float64), count, ACC)
+        mean_g = mean_of(load_channels(SUMS, channel, channels, 0.0, tl.float64), count, ACC)
+        mean_gx = mean_of(load_channels(SUMS + channels, channel, channels, 0.0, tl.float64), count, ACC)
     first, last = part_of(part, tiles_per_part, tiles)
     for step in range(last - first):
         tile = last - 1 - step
@@ -197,7 +199,7 @@ def input_gradient(
         )  # fmt: skip
         _store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
         if DX is not None:
-            dx = _input_gradient(g, normalised, mean_g, mean_gx, weight * invstd)
+            dx = batch_gradient(g, normalised, mean_g, mean_gx, weight * invstd)
             _store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
 
 
@@ -240,6 +242,6 @@ def whole_backward(
         tl.store(GRAD_WEIGHT + channel, sum_gx.to(GRAD_WEIGHT.dtype.element_ty), mask=there)
     _store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
     if DX is not None:
-        mean_g, mean_gx = _mean(sum_g, count, ACC), _mean(sum_gx, count, ACC)
-        dx = _input_gradient(g, normalised, mean_g, mean_gx, weight * invstd)
+        mean_g, mean_gx = mean_of(sum_g, count, ACC), mean_of(sum_gx, count, ACC)
+        dx = batch_gradient(g, normalised, mean_g, mean_gx, weight * invstd)
         _store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)

@@ -53,7 +53,7 @@ def _merged(means, m2s, counts, axis: tl.constexpr):
 
 
 @triton.jit
-def _merged_tile(means, m2s, counts, ROWS: tl.constexpr):
+def merged_tile(means, m2s, counts, ROWS: tl.constexpr):
     """`_merged` of all lanes of a tile that belong to a channel: vectors in float64."""
     if not ROWS:
         means, m2s, counts = tl.ravel(means)[:, None], tl.ravel(m2s)[:, None], tl.ravel(counts)[:, None]
@@ -62,7 +62,7 @@ def _merged_tile(means, m2s, counts, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _finish(
+def finish_statistics(
     MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, BATCHES, mean, m2, channel, channels, count, eps, momentum,
     COUNT_BATCHES: tl.constexpr, CUMULATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -120,11 +120,11 @@ def batch_statistics(
         apart = tl.where(valid, x - mean, 0.0)
         mean += apart / tl.where(seen > 0, seen, 1.0)
         m2 += tl.where(valid, apart * (x - mean), 0.0)
-    all_mean, all_m2, all_seen = _merged_tile(mean, m2, seen, ROWS)
+    all_mean, all_m2, all_seen = merged_tile(mean, m2, seen, ROWS)
     all_mean += origin.to(tl.float64)
     channel = channels_of(block, B1, ROWS)
     if PARTIALS is None:
-        _finish(
+        finish_statistics(
             MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, BATCHES, all_mean, all_m2, channel, channels, count, eps, momentum,
             COUNT_BATCHES, CUMULATIVE,
         )  # fmt: skip
@@ -162,7 +162,7 @@ def merge_statistics(
         mean += apart * share
         m2 += new_m2 + apart * apart * seen * share
         seen = both
-    _finish(
+    finish_statistics(
         MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, BATCHES, mean, m2, channel, channels, count, eps, momentum,
         COUNT_BATCHES, CUMULATIVE,
     )  # fmt: skip
@@ -192,7 +192,23 @@ def _finish_tile(
 
 
 @triton.jit
-def _scale_and_bias(WEIGHT, BIAS, invstd, channel, channels, ACC: tl.constexpr):
+def known_statistics(MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, eps, part, channel, channels):
+    """Those in MEAN and INVSTD, or, in evaluation, the running ones, which the first part then stores there."""
+    if RUNNING_MEAN is not None:
+        mean = load_channels(RUNNING_MEAN, channel, channels, 0.0, tl.float64)
+        invstd = 1.0 / tl.sqrt(load_channels(RUNNING_VAR, channel, channels, 1.0, tl.float64) + eps)
+        if part == 0:
+            tl.store(MEAN + channel, mean, mask=channel < channels)
+            tl.store(INVSTD + channel, invstd, mask=channel < channels)
+    else:
+        mean = load_channels(MEAN, channel, channels, 0.0, tl.float64)
+        invstd = load_channels(INVSTD, channel, channels, 0.0, tl.float64)
+    return mean, invstd
+
+
+@triton.jit
+def scale_and_bias(WEIGHT, BIAS, invstd, channel, channels, ACC: tl.constexpr):
+    """What centred values are multiplied by, and what is then added."""
     weight = load_channels(WEIGHT, channel, channels, 1.0, tl.float64)
     return (invstd * weight).to(ACC), load_channels(BIAS, channel, channels, 0.0, ACC)
 
@@ -206,26 +222,15 @@ def normalise(
     KEEP: tl.constexpr, ACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """Everything after the statistics, for one part of a block of channels.
-
-    The statistics are those in MEAN and INVSTD, or, in evaluation, the running ones, which are then stored there.
-    """
+    """Everything after the statistics, for one part of a block of channels."""
     ACC: tl.constexpr = accumulator(DOUBLE)
     # The opposite order of batch_statistics, which left its last tiles in the cache.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
     channel = channels_of(block, B1, ROWS)
-    if RUNNING_MEAN is not None:
-        mean = load_channels(RUNNING_MEAN, channel, channels, 0.0, tl.float64)
-        invstd = 1.0 / tl.sqrt(load_channels(RUNNING_VAR, channel, channels, 1.0, tl.float64) + eps)
-        if part == 0:
-            tl.store(MEAN + channel, mean, mask=channel < channels)
-            tl.store(INVSTD + channel, invstd, mask=channel < channels)
-    else:
-        mean = load_channels(MEAN, channel, channels, 0.0, tl.float64)
-        invstd = load_channels(INVSTD, channel, channels, 0.0, tl.float64)
+    mean, invstd = known_statistics(MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, eps, part, channel, channels)
     high, low = split(mean, ACC)
-    scale, bias = _scale_and_bias(WEIGHT, BIAS, invstd, channel, channels, ACC)
+    scale, bias = scale_and_bias(WEIGHT, BIAS, invstd, channel, channels, ACC)
     first, last = part_of(part, tiles_per_part, tiles)
     for step in range(last - first):
         tile = last - 1 - step
@@ -262,14 +267,14 @@ def whole_forward(
     )  # fmt: skip
     at = offsets(outer, inner, block, x_outer, x_channel, VEC, ROWS, WIDE)
     x = tl.load(X + at, mask=valid, other=0).to(ACC)
-    mean, m2, _ = _merged_tile(x, tl.zeros((B0, B1), ACC), valid.to(ACC), ROWS)
+    mean, m2, _ = merged_tile(x, tl.zeros((B0, B1), ACC), valid.to(ACC), ROWS)
     channel = channels_of(block, B1, ROWS)
-    invstd = _finish(
+    invstd = finish_statistics(
         MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, BATCHES, mean, m2, channel, channels, count, eps, momentum,
         COUNT_BATCHES, CUMULATIVE,
     )  # fmt: skip
     high, low = split(mean, ACC)
-    scale, bias = _scale_and_bias(WEIGHT, BIAS, invstd, channel, channels, ACC)
+    scale, bias = scale_and_bias(WEIGHT, BIAS, invstd, channel, channels, ACC)
     _finish_tile(
         x, RESIDUAL, r_outer, r_channel, Y, y_outer, y_channel, BITS, bytes_inner,
         high, low, scale, bias, kept, needed, valid, drop_scale,

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import torch
+
 Sizes = Sequence[int]
 
 
@@ -57,6 +59,15 @@ def layout_of(shape: Sizes, rows: bool) -> Layout:
     if rows:
         return Layout(True, batch * spatial, channels, channels, spatial)
     return Layout(False, batch, spatial, channels, spatial)
+
+
+def dense_strides(shape: Sizes, rows: bool) -> tuple[int, ...]:
+    """Those of a dense tensor that is contiguous or, in rows, channels_last."""
+    if not rows:
+        return torch.empty(shape, device="meta").stride()
+    batch, channels, *spatial = shape
+    batch_stride, *strides, channel_stride = dense_strides((batch, *spatial, channels), False)
+    return batch_stride, channel_stride, *strides
 
 
 def strides_in(layout: Layout, shape: Sizes, strides: Sizes) -> Strides | None:

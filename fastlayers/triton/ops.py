@@ -39,6 +39,8 @@ def _operator(call: Callable[..., Any]) -> Callable[..., Any]:
 
 batch_norm_act_fwd = _operator(calls.batch_norm_act_fwd)
 batch_norm_act_bwd = _operator(calls.batch_norm_act_bwd)
+batch_norm_act_pool_fwd = _operator(calls.batch_norm_act_pool_fwd)
+batch_norm_act_pool_bwd = _operator(calls.batch_norm_act_pool_bwd)
 dropout = _operator(calls.dropout)
 unpack_mask = _operator(calls.unpack_mask)
 element_mask = _operator(calls.element_mask)

@@ -26,8 +26,8 @@ T* as_pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-template <class Owner, class T>
-void def_address(py::class_<Owner>& c, const char* name, T* Owner::* member) {
+template <class Owner, class... Bases, class T>
+void def_address(py::class_<Owner, Bases...>& c, const char* name, T* Owner::* member) {
   c.def_property(
       name, [member](const Owner& owner) { return reinterpret_cast<Address>(owner.*member); },
       [member](Owner& owner, Address address) { owner.*member = as_pointer<T>(address); });
@@ -99,6 +99,32 @@ py::class_<Args> bind_arguments(py::module_& m, const char* name) {
   return c;
 }
 
+// One dimension of `window`, which is what the operators take (csrc/torch/schemas.h).
+PoolAxis pool_axis(std::int64_t input, const std::array<std::int64_t, 8>& window, std::size_t dim, bool ceil_mode) {
+  PoolAxis axis{input, 0, window[dim], window[2 + dim], window[4 + dim], window[6 + dim]};
+  axis.output = PoolAxis::output_size(axis, ceil_mode);
+  return axis;
+}
+
+void bind_pooled_arguments(py::module_& m) {
+  py::class_<Pool>(m, "Pool").def(
+      py::init([](std::int64_t height, std::int64_t width, const std::array<std::int64_t, 8>& window, bool ceil_mode) {
+        return Pool{pool_axis(height, window, 0, ceil_mode), pool_axis(width, window, 1, ceil_mode)};
+      }),
+      py::arg("height"), py::arg("width"), py::arg("window"), py::arg("ceil_mode"));
+  py::class_<PooledForwardArgs, ForwardArgs> forward(m, "PooledForwardArgs");
+  forward.def(py::init<>())
+      .def_readwrite("pool", &PooledForwardArgs::pool)
+      .def_readwrite("monotone", &PooledForwardArgs::monotone);
+  def_address(forward, "selected", &PooledForwardArgs::selected);
+  def_address(forward, "positions", &PooledForwardArgs::positions);
+  py::class_<PooledBackwardArgs, BackwardArgs> backward(m, "PooledBackwardArgs");
+  backward.def(py::init<>())
+      .def_readwrite("pool", &PooledBackwardArgs::pool)
+      .def_readwrite("whole_input", &PooledBackwardArgs::whole_input);
+  def_address(backward, "positions", &PooledBackwardArgs::positions);
+}
+
 void bind_all_arguments(py::module_& m) {
   auto forward = bind_arguments<ForwardArgs>(m, "ForwardArgs");
   forward.def_readwrite("output", &ForwardArgs::output)
@@ -114,6 +140,7 @@ void bind_all_arguments(py::module_& m) {
       .def_readwrite("grad_residual", &BackwardArgs::grad_residual)
       .def_readwrite("grad_weight", &BackwardArgs::grad_weight)
       .def_readwrite("grad_bias", &BackwardArgs::grad_bias);
+  bind_pooled_arguments(m);
   py::class_<DropoutArgs> dropout_args(m, "DropoutArgs");
   dropout_args.def(py::init<>())
       .def_readwrite("shape", &DropoutArgs::shape)
@@ -138,7 +165,12 @@ void bind_plan(py::module_& m) {
       .def_readonly("kept_tiles", &Plan::kept_tiles)
       .def_readonly("shared_bytes", &Plan::shared_bytes)
       .def_readonly("workspace_bytes", &Plan::workspace_bytes)
-      .def("__str__", describe);
+      .def("__str__", [](const Plan& plan) { return describe(plan); });
+  py::class_<PooledPlan>(m, "PooledPlan")
+      .def_readonly("last", &PooledPlan::last)
+      .def_readonly("sums", &PooledPlan::sums)
+      .def_property_readonly("workspace_bytes", [](const PooledPlan& plan) { return plan.sums.workspace_bytes; })
+      .def("__str__", [](const PooledPlan& plan) { return describe(plan); });
   m.def("path_names", [] {
     std::vector<std::string> names;
     for (int path = 0; path <= static_cast<int>(Path::rows_pointwise); ++path)
@@ -147,6 +179,8 @@ void bind_plan(py::module_& m) {
   });
   m.def("plan_forward", plan_forward);
   m.def("plan_backward", plan_backward);
+  m.def("plan_pooled_forward", plan_pooled_forward);
+  m.def("plan_pooled_backward", plan_pooled_backward);
 }
 
 void check(Error error) {
@@ -165,6 +199,12 @@ void bind_kernels(py::module_& m) {
   });
   m.def("batch_norm_act_backward", [](const BackwardArgs& args, const Plan& plan, Address workspace) {
     check(batch_norm_act_backward(args, plan, as_pointer<void>(workspace), nullptr));
+  });
+  m.def("batch_norm_act_pool_forward", [](const PooledForwardArgs& args, const PooledPlan& plan, Address workspace) {
+    check(batch_norm_act_pool_forward(args, plan, as_pointer<void>(workspace), nullptr));
+  });
+  m.def("batch_norm_act_pool_backward", [](const PooledBackwardArgs& args, const PooledPlan& plan, Address workspace) {
+    check(batch_norm_act_pool_backward(args, plan, as_pointer<void>(workspace), nullptr));
   });
   m.def("dropout", [](const DropoutArgs& args) { check(dropout(args, nullptr)); });
   m.def("unpack_flat_bits", [](const Shape& shape, Address flat_bits, Address mask) {

@@ -1,5 +1,6 @@
 // Compiled once for each instruction set and storage type: FASTLAYERS_ISA and FASTLAYERS_STORAGE name them. Defines the
 // table kernels_<isa>_<storage> that dispatch.cpp chooses from.
+#include "pool.h"
 #include "rows.h"
 
 namespace fastlayers {
@@ -48,6 +49,8 @@ const Kernels FASTLAYERS_JOIN(kernels_, FASTLAYERS_ISA, _, FASTLAYERS_STORAGE){
     run_fused<PlanesForward, RowsForward, ForwardArgs>,
     run_fused<PlanesBackward, RowsBackward, BackwardArgs>,
     run_dropout,
+    pool_forward<Storage>,
+    pool_backward<Storage>,
 };
 
 }  // namespace fastlayers

@@ -5,6 +5,7 @@
 
 #include "../common/dtypes.h"
 #include "../common/operands.h"
+#include "../common/pooling.h"
 
 namespace fastlayers {
 
@@ -68,6 +69,23 @@ struct BackwardArgs {
   ParallelFor parallel_for = nullptr;
 };
 
+// With max-pooling behind the dropout of planes. `geometry` and `input` are full-size. What is pooled holds nothing but
+// its planes or rows, as the input has them: the output, and for backward the elements that were the largest of their
+// windows and their numbers inside these.
+struct PoolForwardArgs : ForwardArgs {
+  Pool pool;
+  bool monotone = true;      // the activation nowhere falls
+  void* selected = nullptr;  // may be null, as positions
+  std::uint8_t* positions = nullptr;
+};
+
+// `grad_output` is pooled. Its strides are what the layout allows; in evaluation mode `input` is not read.
+struct PoolBackwardArgs : BackwardArgs {
+  Pool pool;
+  const void* selected = nullptr;
+  const std::uint8_t* positions = nullptr;
+};
+
 // output = keep(input); also its own gradient.
 struct DropoutArgs {
   Geometry geometry;
@@ -81,6 +99,8 @@ struct Kernels {
   void (*batch_norm_act_forward)(const ForwardArgs&);
   void (*batch_norm_act_backward)(const BackwardArgs&);
   void (*dropout)(const DropoutArgs&);
+  void (*batch_norm_act_pool_forward)(const PoolForwardArgs&);
+  void (*batch_norm_act_pool_backward)(const PoolBackwardArgs&);
 };
 
 enum class Capability { baseline, avx2, avx512 };

@@ -200,37 +200,54 @@ double mean_of(const T* x, std::int64_t n) {
 // chunk's own mean, the total variance is large too, so what cancels does not matter, as long as a chunk has not many
 // times the elements of all before it. The first chunk is shifted by the mean of its first elements.
 template <class T, class A>
+class PlaneMoments {
+ public:
+  // Adds `length` elements from each of the pointers on, which may change.
+  template <int kCount>
+  FL_INLINE void add(const T** from, std::int64_t length, Together<kCount> together) {
+    if (chunk_ == 0) {
+      chunk_ = kFirst;
+      sums_.reset(mean_of(from[0], smaller(length, kFirst)));
+    }
+    for (std::int64_t left = length; left > 0;) {
+      const std::int64_t room = (chunk_ - sums_.count() + kCount - 1) / kCount, n = smaller(left, room);
+      if constexpr (kCount == 1)
+        sums_.add(from[0], n);
+      else
+        sums_.add(from, n, together);
+      for (int u = 0; u < kCount; ++u) from[u] += n;
+      left -= n;
+      if (sums_.count() < chunk_) break;
+      total_.merge(sums_.moments());
+      sums_.reset(total_.mean);
+      chunk_ = smaller(chunk_ * kGrowth, kMost);
+    }
+  }
+
+  Moments finish() {
+    if (sums_.count() > 0) total_.merge(sums_.moments());
+    return total_;
+  }
+
+ private:
+  static constexpr std::int64_t kFirst = 4 * kLanes, kGrowth = 8, kMost = kPlanesTogether * kChunk;
+
+  Moments total_;
+  ShiftedSums<T, A> sums_{0};
+  std::int64_t chunk_ = 0;  // how many elements are summed before the next merge
+};
+
+template <class T, class A>
 __attribute__((noinline)) Moments plane_moments(const Source& x, std::int64_t channel, Span span,
                                                 std::int64_t spatial) {
-  constexpr std::int64_t kFirst = 4 * kLanes, kGrowth = 8, kMost = kPlanesTogether * kChunk;
-  Moments total;
-  ShiftedSums<T, A> sums(0);
-  std::int64_t chunk = kFirst;
-  bool first = true;
+  PlaneMoments<T, A> moments;
   const auto all = [](Piece) { return true; };
   for_each_group<kPlanesTogether>(span, spatial, all, [&](const Piece* pieces, auto together) {
-    constexpr int kCount = decltype(together)::count;
-    const T* from[kCount];
-    for (int u = 0; u < kCount; ++u) from[u] = piece_start<T>(x, pieces[u], channel);
-    const std::int64_t length = pieces[0].length;
-    if (first) sums.reset(mean_of(from[0], smaller(length, kFirst)));
-    first = false;
-    for (std::int64_t left = length; left > 0;) {
-      const std::int64_t room = (chunk - sums.count() + kCount - 1) / kCount, n = smaller(left, room);
-      if constexpr (kCount == 1)
-        sums.add(from[0], n);
-      else
-        sums.add(from, n, together);
-      for (const T*& pointer : from) pointer += n;
-      left -= n;
-      if (sums.count() < chunk) break;
-      total.merge(sums.moments());
-      sums.reset(total.mean);
-      chunk = smaller(chunk * kGrowth, kMost);
-    }
+    const T* from[together.count];
+    for (int u = 0; u < together.count; ++u) from[u] = piece_start<T>(x, pieces[u], channel);
+    moments.add(from, pieces[0].length, together);
   });
-  if (sums.count() > 0) total.merge(sums.moments());
-  return total;
+  return moments.finish();
 }
 
 // The same without a shift: only good for telling how infinities and NaN come out.
@@ -241,13 +258,39 @@ Moments plane_moments_of_non_finite(const Source& x, std::int64_t channel, Span 
   return sums.moments();
 }
 
+// `m`, what Compute<T> gives, or the same by other means where that is too small for it.
 template <class T>
-Moments plane_moments(const Source& x, std::int64_t channel, Span span, std::int64_t spatial) {
-  Moments m = plane_moments<T, Compute<T>>(x, channel, span, spatial);
+Moments checked_moments(Moments m, const Source& x, std::int64_t channel, Span span, std::int64_t spatial) {
   if (std::isfinite(m.squares)) return m;
   // Squares beyond the range of float, or something that is not finite in x: double tells which.
   if constexpr (sizeof(Compute<T>) < sizeof(double)) m = plane_moments<T, double>(x, channel, span, spatial);
   return std::isfinite(m.squares) ? m : plane_moments_of_non_finite<T>(x, channel, span, spatial);
+}
+
+template <class T>
+Moments plane_moments(const Source& x, std::int64_t channel, Span span, std::int64_t spatial) {
+  return checked_moments<T>(plane_moments<T, Compute<T>>(x, channel, span, spatial), x, channel, span, spatial);
+}
+
+// All of a channel's statistics, from its only span.
+template <class T>
+void statistics_of_channel(const ForwardArgs& args, std::int64_t c, Span whole) {
+  finish_statistics(args, c, c + 1,
+                    [&](std::int64_t) { return plane_moments<T>(args.input, c, whole, args.geometry.spatial); });
+}
+
+template <class T>
+void statistics_of_spans(const ForwardArgs& args, const PlaneSplit& split) {
+  const std::int64_t channels = args.geometry.channels;
+  Scratch<Moments> parts(channels * split.spans);
+  split.each_span(args.parallel_for, [&](std::int64_t i, std::int64_t c, Span s) {
+    parts[i] = plane_moments<T>(args.input, c, s, args.geometry.spatial);
+  });
+  finish_statistics(args, 0, channels, [&](std::int64_t c) {
+    Moments total;
+    for (std::int64_t s = 0; s < split.spans; ++s) total.merge(parts[c * split.spans + s]);
+    return total;
+  });
 }
 
 // Where a piece's masks are, and what dropout does with it.
@@ -296,30 +339,16 @@ class PlanesForward {
       write_in_order();
     } else if (split_.spans == 1) {
       split_.each_span(args_.parallel_for, [&](std::int64_t, std::int64_t c, Span whole) {
-        finish_statistics(args_, c, c + 1,
-                          [&](std::int64_t) { return plane_moments<T>(args_.input, c, whole, spatial()); });
+        statistics_of_channel<T>(args_, c, whole);
         write(c, whole);
       });
     } else {
-      statistics_of_spans();
+      statistics_of_spans<T>(args_, split_);
       split_.each_span(args_.parallel_for, [&](std::int64_t, std::int64_t c, Span s) { write(c, s); });
     }
   }
 
  private:
-  void statistics_of_spans() const {
-    const std::int64_t channels = args_.geometry.channels;
-    Scratch<Moments> parts(channels * split_.spans);
-    split_.each_span(args_.parallel_for, [&](std::int64_t i, std::int64_t c, Span s) {
-      parts[i] = plane_moments<T>(args_.input, c, s, spatial());
-    });
-    finish_statistics(args_, 0, channels, [&](std::int64_t c) {
-      Moments total;
-      for (std::int64_t s = 0; s < split_.spans; ++s) total.merge(parts[c * split_.spans + s]);
-      return total;
-    });
-  }
-
   std::int64_t spatial() const { return args_.geometry.spatial; }
 
   // With the statistics known, nothing keeps a channel's planes together.

@@ -397,6 +397,38 @@ void each_tile(const Args& args, const RowSplit& split, Walk walk, const auto& f
                 [&](std::int64_t task) { f(task, split.tile(task)); });
 }
 
+// All of the statistics of a tile's channels, which has all of their rows.
+template <class T>
+void statistics_of_tile(const ForwardArgs& args, const Tile& t) {
+  const Columns columns(args.geometry);
+  const TileMoments m = tile_moments<T>(args.input, t, columns);
+  finish_statistics(args, t.channel, t.channel + t.channels,
+                    [&](std::int64_t c) { return m.of_channel(columns, t, c - t.channel); });
+}
+
+// The same where channels have several tiles. Calls meanwhile(tile) while what a tile holds is in cache.
+template <class T, class F>
+void statistics_of_tiles(const ForwardArgs& args, const RowSplit& split, F&& meanwhile) {
+  const std::int64_t channels = args.geometry.channels;
+  const Columns columns(args.geometry);
+  Scratch<Moments> parts(split.tiles * channels);
+  each_tile(args, split, Walk::forward, [&](std::int64_t task, const Tile& t) {
+    const TileMoments m = tile_moments<T>(args.input, t, columns);
+    Moments* to = parts.data() + task / split.blocks * channels + t.channel;
+    for (std::int64_t c = 0; c < t.channels; ++c) to[c] = m.of_channel(columns, t, c);
+    meanwhile(t);
+  });
+  parallel_each(args.parallel_for, channels, 16 * split.tiles, [&](std::int64_t c) {
+    Moments total;
+    for (std::int64_t tile = 0; tile < split.tiles; ++tile) total.merge(parts[tile * channels + c]);
+    finish_statistics(args, c, c + 1, [&](std::int64_t) { return total; });
+  });
+}
+template <class T>
+void statistics_of_tiles(const ForwardArgs& args, const RowSplit& split) {
+  statistics_of_tiles<T>(args, split, [](const Tile&) {});
+}
+
 // Walks a tile of rows back. Where it is all of its rows, so do the vectors inside a row: memory is then read in
 // descending order throughout, which the processor notices and fetches ahead. A part of wide rows is read in pieces
 // anyway, and ascending is what it expects of a piece.
@@ -430,7 +462,6 @@ class RowsForward {
   RowsForward(const ForwardArgs& args, Act activation)
       : args_(args),
         split_(args.geometry, args.training),
-        columns_(args.geometry),
         fused_{activation, splat<Vec<S>>(args.keep.scale),
                worth_streaming<T>(args.geometry, args.output, split_.part())},
         ahead_(Prefetching::of<T>(args.geometry, split_, fused_.streaming)) {}
@@ -440,33 +471,16 @@ class RowsForward {
       each_tile(args_, split_, Walk::reverse, [&](std::int64_t, const Tile& t) { write(t); });
     } else if (split_.tiles == 1) {
       each_tile(args_, split_, Walk::forward, [&](std::int64_t, const Tile& t) {
-        const TileMoments m = tile_moments<T>(args_.input, t, columns_);
-        finish_statistics(args_, t.channel, t.channel + t.channels,
-                          [&](std::int64_t c) { return m.of_channel(columns_, t, c - t.channel); });
+        statistics_of_tile<T>(args_, t);
         write(t);
       });
     } else {
-      statistics_of_tiles();
+      statistics_of_tiles<T>(args_, split_);
       each_tile(args_, split_, Walk::reverse, [&](std::int64_t, const Tile& t) { write(t); });
     }
   }
 
  private:
-  void statistics_of_tiles() const {
-    const std::int64_t channels = args_.geometry.channels;
-    Scratch<Moments> parts(split_.tiles * channels);
-    each_tile(args_, split_, Walk::forward, [&](std::int64_t task, const Tile& t) {
-      const TileMoments m = tile_moments<T>(args_.input, t, columns_);
-      Moments* to = parts.data() + task / split_.blocks * channels + t.channel;
-      for (std::int64_t c = 0; c < t.channels; ++c) to[c] = m.of_channel(columns_, t, c);
-    });
-    parallel_each(args_.parallel_for, channels, 16 * split_.tiles, [&](std::int64_t c) {
-      Moments total;
-      for (std::int64_t tile = 0; tile < split_.tiles; ++tile) total.merge(parts[tile * channels + c]);
-      finish_statistics(args_, c, c + 1, [&](std::int64_t) { return total; });
-    });
-  }
-
   void write(const Tile& t) const {
     const RowAffine<T> k(args_, t);
     TileMasks<1> masks(args_.geometry, args_.keep, t);
@@ -487,7 +501,6 @@ class RowsForward {
 
   const ForwardArgs& args_;
   RowSplit split_;
-  Columns columns_;
   FusedElements<T, Act> fused_;
   Prefetching ahead_;
 };

@@ -25,6 +25,10 @@ LaunchShape one_thread_for_each(std::int64_t count) {
 }
 
 // A cumulative average needs the count of batches before its first channel is finished.
+Error count_first(const ForwardArgs& args, Stream stream) {
+  return args.training && args.cumulative ? count_batch(args.num_batches_tracked, stream) : 0;
+}
+
 __global__ void add_one(std::int64_t* num_batches_tracked) {
   ++*num_batches_tracked;
 }
@@ -58,13 +62,23 @@ Error count_batch(std::int64_t* num_batches_tracked, Stream stream) {
 }
 
 Error batch_norm_act_forward(const ForwardArgs& args, const Plan& plan, void* workspace, Stream stream) {
-  if (args.training && args.cumulative)
-    if (const Error error = count_batch(args.num_batches_tracked, stream)) return error;
+  if (const Error error = count_first(args, stream)) return error;
   return with_storage(args.dtype, [&](auto kernels) { return kernels.forward(args, plan, workspace, stream); });
 }
 
 Error batch_norm_act_backward(const BackwardArgs& args, const Plan& plan, void* workspace, Stream stream) {
   return with_storage(args.dtype, [&](auto kernels) { return kernels.backward(args, plan, workspace, stream); });
+}
+
+Error batch_norm_act_pool_forward(const PooledForwardArgs& args, const PooledPlan& plan, void* workspace,
+                                  Stream stream) {
+  if (const Error error = count_first(args, stream)) return error;
+  return with_storage(args.dtype, [&](auto kernels) { return kernels.pooled_forward(args, plan, workspace, stream); });
+}
+
+Error batch_norm_act_pool_backward(const PooledBackwardArgs& args, const PooledPlan& plan, void* workspace,
+                                   Stream stream) {
+  return with_storage(args.dtype, [&](auto kernels) { return kernels.pooled_backward(args, plan, workspace, stream); });
 }
 
 Error dropout(const DropoutArgs& args, Stream stream) {

@@ -25,4 +25,19 @@ struct Divisor {
   FL_INLINE std::uint32_t remainder(std::uint32_t n, std::uint32_t quotient) const { return n - quotient * divisor; }
 };
 
+// An int from 1 on that divides as fast, for formulas that are written for plain ones.
+class Factor {
+ public:
+  Factor(int value = 1) : divisor_(static_cast<std::uint32_t>(value)) {}
+  FL_INLINE operator int() const { return static_cast<int>(divisor_.divisor); }
+  // n >= 0
+  friend FL_INLINE int operator/(int n, const Factor& by) {
+    return static_cast<int>(by.divisor_.quotient(static_cast<std::uint32_t>(n)));
+  }
+  friend FL_INLINE int operator%(int n, const Factor& by) { return n - n / by * by; }
+
+ private:
+  Divisor divisor_;
+};
+
 }  // namespace fastlayers::cuda

@@ -21,15 +21,15 @@ struct PerElement {
 };
 
 // Calls f(activation, i) for each element of a group. double has no registers for all elements at once.
-template <Activations kWhich, class S, class F>
+template <Activations kWhich, class S, int kCount = kGroup, class F>
 __device__ __forceinline__ void each_element(const ActivationCall& call, F&& f) {
   if constexpr (sizeof(S) > sizeof(float)) {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) with_call<kWhich, S>(call, [&](auto activation) { f(activation, i); });
+    for (int i = 0; i < kCount; ++i) with_call<kWhich, S>(call, [&](auto activation) { f(activation, i); });
   } else {
     with_call<kWhich, S>(call, [&](auto activation) {
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) f(activation, i);
+      for (int i = 0; i < kCount; ++i) f(activation, i);
     });
   }
 }

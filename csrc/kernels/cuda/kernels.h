@@ -9,6 +9,7 @@
 
 #include "../common/dtypes.h"
 #include "../common/operands.h"
+#include "../common/pooling.h"
 
 namespace fastlayers::cuda {
 
@@ -70,6 +71,25 @@ struct BackwardArgs {
   bool training = false;
 };
 
+// Forward with max-pooling behind it. `shape` and `input` are of what is pooled, `output` of what comes out. Without a
+// residual, flat bits, or dropout of elements.
+struct PooledForwardArgs : ForwardArgs {
+  Pool pool;
+  bool monotone = false;  // the activation nowhere falls
+  // For backward, both in the output's order; null where not wanted: the input's elements that were the largest, in its
+  // dtype, and their places in their windows. Where dropout drops, zeros.
+  void* selected = nullptr;
+  std::uint8_t* positions = nullptr;
+};
+
+// Its backward. `shape` and `grad_input` are of what was pooled; `grad_output` and `input`, the `selected` of forward,
+// of what came out.
+struct PooledBackwardArgs : BackwardArgs {
+  Pool pool;
+  Source whole_input;  // read in training only
+  const std::uint8_t* positions = nullptr;
+};
+
 // output = keep(input); also its own gradient. Both dense, in the same order in memory.
 struct DropoutArgs {
   Shape shape;  // of one plane where `keep` counts elements
@@ -83,11 +103,14 @@ struct DropoutArgs {
 // not begin at multiples of 8 elements, each plane has its own bytes, so that no two threads write one.
 std::int64_t flat_bits_bytes(const Shape&);
 
-struct Plan;  // plan.h
+struct Plan;        // plan.h
+struct PooledPlan;  // plan.h
 
 // `workspace` has the plan's workspace_bytes, aligned to 16 bytes; it is free again when what the stream holds is done.
 Error batch_norm_act_forward(const ForwardArgs&, const Plan&, void* workspace, Stream);
 Error batch_norm_act_backward(const BackwardArgs&, const Plan&, void* workspace, Stream);
+Error batch_norm_act_pool_forward(const PooledForwardArgs&, const PooledPlan&, void* workspace, Stream);
+Error batch_norm_act_pool_backward(const PooledBackwardArgs&, const PooledPlan&, void* workspace, Stream);
 Error dropout(const DropoutArgs&, Stream);
 Error count_batch(std::int64_t* num_batches_tracked, Stream);
 // One bool for each element, in the order of memory: of flat_bits, or of what element dropout keeps.

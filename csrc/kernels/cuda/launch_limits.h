@@ -20,6 +20,9 @@ inline constexpr int kRowThreads = 128;
 constexpr int row_blocks(std::size_t element_bytes) {
   return element_bytes == 8 ? 2 : 3;
 }
+// Of the pooling kernels that keep nothing on chip.
+inline constexpr int kPoolThreads = 256;
+inline constexpr int kStripRows = 4;  // windows below each other that a thread pools, at most
 inline constexpr int kMaxRowsPerRun = kGroup;
 inline constexpr int kFinishedChannels = 2;  // that a block of them sums up at a time
 inline constexpr int kWarp = 32;

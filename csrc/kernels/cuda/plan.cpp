@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 #include <sstream>
 
 #include "../common/activations.h"
@@ -38,21 +39,28 @@ struct Request {
   int in_hand() const { return groups_in_hand(element_bytes, activations, backward, shape.rows); }
 };
 
+constexpr const char* kNothingSummed = "nothing is summed, one pass is enough";
+
 class Planes {
  public:
   Planes(const Request& request, const Device& device)
       : request_(request), device_(device), groups_(request.shape.batch * groups_per_plane(request.shape)) {}
 
   Plan plan() const {
-    if (!request_.sums) return split(Path::planes_pointwise, "nothing is summed, one pass is enough");
-    for (const std::size_t budget : {share_of_shared(device_, 2), device_.shared_bytes})
-      for (int cluster = 1; cluster <= device_.max_cluster; cluster *= 2) {
-        const Plan plan = on_chip(cluster, budget);
-        const bool fits = plan.kept_tiles * cluster >= tiles(plan.threads);
-        if (fits && fills_device(cluster)) return plan;
-      }
+    if (!request_.sums) return split(Path::planes_pointwise, kNothingSummed);
+    if (const auto plan = first_on_chip(device_.max_cluster, [&](auto... size) { return in_tiles(size...); }))
+      return *plan;
+    return sums();
+  }
+  // In two kernels, of which the first only sums.
+  Plan sums() const {
     return split(Path::planes_split, few_channels() ? "so few channels that each needs many blocks"
                                                     : "a channel is larger than what its blocks keep in shared memory");
+  }
+  // In one kernel, whose blocks keep whole planes.
+  std::optional<Plan> whole_planes() const {
+    return first_on_chip(std::min<std::int64_t>(device_.max_cluster, request_.shape.batch),
+                         [&](auto... size) { return in_planes(size...); });
   }
 
  private:
@@ -76,17 +84,37 @@ class Planes {
            request_.kept_group_bytes();
   }
 
-  Plan on_chip(int cluster, std::size_t budget) const {
+  // The first of those that `make` can do with a cluster of so many blocks, each with so much shared memory.
+  template <class Make>
+  std::optional<Plan> first_on_chip(std::int64_t max_cluster, Make&& make) const {
+    for (const std::size_t budget : {share_of_shared(device_, 2), device_.shared_bytes})
+      for (int cluster = 1; cluster <= max_cluster; cluster *= 2)
+        if (const auto plan = make(cluster, budget); plan && fills_device(cluster)) return plan;
+    return std::nullopt;
+  }
+  Plan on_chip(int cluster, std::int64_t groups_per_block) const {
     Plan plan;
     plan.path = Path::planes_on_chip;
     plan.why = "a channel fits into the shared memory of a block or cluster";
     plan.splits = plan.cluster = cluster;
-    plan.threads = threads(ceil_div(groups_, cluster));
+    plan.threads = threads(groups_per_block);
+    return plan;
+  }
+  // Each block keeps each of so many tiles.
+  std::optional<Plan> in_tiles(int cluster, std::size_t budget) const {
+    Plan plan = on_chip(cluster, ceil_div(groups_, cluster));
     const std::size_t room = budget > kPlanesSharedBytes ? budget - kPlanesSharedBytes : 0;
     plan.kept_tiles = std::min<std::int64_t>(static_cast<std::int64_t>(room / tile_bytes(plan.threads)),
                                              ceil_div(tiles(plan.threads), cluster));
     plan.shared_bytes = kPlanesSharedBytes + static_cast<std::size_t>(plan.kept_tiles) * tile_bytes(plan.threads);
-    return plan;
+    return plan.kept_tiles * cluster >= tiles(plan.threads) ? std::optional(plan) : std::nullopt;
+  }
+  // Each block keeps so many planes.
+  std::optional<Plan> in_planes(int cluster, std::size_t budget) const {
+    const std::int64_t groups = ceil_div(request_.shape.batch, cluster) * groups_per_plane(request_.shape);
+    Plan plan = on_chip(cluster, groups);
+    plan.shared_bytes = kPlanesSharedBytes + static_cast<std::size_t>(groups) * request_.kept_group_bytes();
+    return plan.shared_bytes <= budget ? std::optional(plan) : std::nullopt;
   }
 
   Plan split(Path path, const char* why) const {
@@ -120,11 +148,13 @@ class Rows {
         groups_(groups_per_run(request.shape)) {}
 
   Plan plan() const {
-    if (!request_.sums) return split(Path::rows_pointwise, "nothing is summed, one pass is enough");
+    if (!request_.sums) return split(Path::rows_pointwise, kNothingSummed);
     if (const Plan plan = one_block(); fits(plan)) return plan;
     if (const Plan plan = on_chip(); fits(plan)) return plan;
-    return split(Path::rows_split, "the tensor is larger than what all blocks together keep in shared memory");
+    return sums("the tensor is larger than what all blocks together keep in shared memory");
   }
+  // In three kernels, of which the first two only sum.
+  Plan sums(const char* why) const { return split(Path::rows_split, why); }
 
  private:
   // One block that goes down all rows of some channels may have so many groups in a row for each thread.
@@ -206,6 +236,57 @@ Plan plan_for(const Request& request, const Device& device) {
   return request.shape.rows ? Rows(request, device).plan() : Planes(request, device).plan();
 }
 
+Plan plan_sums(const Request& request, const Device& device) {
+  return request.shape.rows ? Rows(request, device).sums("what is pooled is summed before")
+                            : Planes(request, device).sums();
+}
+
+// How many blocks share what each of `others` is done to, `most` at most.
+int pool_splits(const Device& device, std::int64_t others, std::int64_t most) {
+  constexpr std::int64_t kBlocksPerProcessor = 8;
+  return static_cast<int>(std::clamp<std::int64_t>(ceil_div(device.processors * kBlocksPerProcessor, others), 1,
+                                                   std::max<std::int64_t>(most, 1)));
+}
+
+// Of a kernel that goes through `positions` of rows.
+Plan plan_pool_rows(const Shape& shape, std::int64_t positions, const Device& device) {
+  Plan plan;
+  const std::int64_t groups = ceil_div(shape.channels, kGroup);
+  plan.threads = kRowThreads;
+  plan.tiles = static_cast<int>(ceil_div(groups, kWarp));
+  plan.tile_groups = static_cast<int>(ceil_div(groups, plan.tiles));
+  plan.splits = pool_splits(device, plan.tiles, ceil_div(positions, plan.threads / plan.tile_groups));
+  return plan;
+}
+
+Plan plan_pool_planes(const Shape& shape, const Pool& pool, const Device& device) {
+  Plan plan;
+  const std::int64_t strips = shape.batch * ceil_div(pool.height.output, kStripRows) * pool.width.output;
+  plan.threads = kPoolThreads;
+  plan.splits = pool_splits(device, shape.channels, ceil_div(strips, plan.threads));
+  plan.shared_bytes = kPlanesSharedBytes;
+  return plan;
+}
+
+Plan plan_spread_planes(const Shape& shape, std::size_t element_bytes, const Device& device) {
+  Plan plan;
+  const std::int64_t groups = shape.batch * groups_per_plane(shape), in_hand = spread_in_hand(element_bytes);
+  plan.threads = static_cast<int>(
+      std::clamp<std::int64_t>(ceil_div(ceil_div(groups, in_hand), kWarp) * kWarp, 2 * kWarp, kPoolThreads));
+  plan.splits = pool_splits(device, shape.channels, ceil_div(groups, plan.threads * in_hand));
+  const std::size_t computed_bytes = std::max<std::size_t>(element_bytes, sizeof(float));
+  plan.shared_bytes = kPlanesSharedBytes + static_cast<std::size_t>(plan.threads * in_hand * kGroup) * computed_bytes;
+  return plan;
+}
+
+// With the kernels before the last one, if something is summed.
+void finish(PooledPlan& plan, const Request& request, const Device& device) {
+  const bool rows = request.shape.rows;
+  if (request.sums) plan.sums = plan_sums(request, device);
+  plan.last.path = request.sums ? plan.sums.path : rows ? Path::rows_pointwise : Path::planes_pointwise;
+  plan.last.why = request.sums ? plan.sums.why : kNothingSummed;
+}
+
 }  // namespace
 
 const char* name(Path path) {
@@ -250,6 +331,34 @@ Plan plan_forward(const ForwardArgs& args, const Device& device) {
 Plan plan_backward(const BackwardArgs& args, const Device& device) {
   const bool sums = args.training || args.grad_weight.data || args.grad_bias.data;
   return plan_for({args.shape, element_bytes(args.dtype), activations_for(args.activation.kind), true, sums}, device);
+}
+
+PooledPlan plan_pooled_forward(const PooledForwardArgs& args, const Device& device) {
+  const Request request{args.shape, element_bytes(args.dtype), activations_for(args.activation.kind), false,
+                        args.training};
+  const Shape pooled = pooled_shape(args.pool, args.shape);
+  PooledPlan plan;
+  if (args.training && !args.shape.rows)
+    if (const auto on_chip = Planes(request, device).whole_planes()) return {*on_chip, {}};
+  plan.last = args.shape.rows ? plan_pool_rows(args.shape, pooled.count_per_channel(), device)
+                              : plan_pool_planes(args.shape, args.pool, device);
+  finish(plan, request, device);
+  return plan;
+}
+
+PooledPlan plan_pooled_backward(const PooledBackwardArgs& args, const Device& device) {
+  const bool sums = args.training || args.grad_weight.data || args.grad_bias.data;
+  const Request request{pooled_shape(args.pool, args.shape), element_bytes(args.dtype),
+                        activations_for(args.activation.kind), true, sums};
+  PooledPlan plan;
+  plan.last = args.shape.rows ? plan_pool_rows(args.shape, args.shape.count_per_channel(), device)
+                              : plan_spread_planes(args.shape, request.element_bytes, device);
+  finish(plan, request, device);
+  return plan;
+}
+
+std::string describe(const PooledPlan& plan) {
+  return plan.sums.threads ? describe(plan.last) + "; the sums before it: " + describe(plan.sums) : describe(plan.last);
 }
 
 std::string describe(const Plan& plan) {

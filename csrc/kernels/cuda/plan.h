@@ -67,7 +67,21 @@ std::int64_t groups_per_run(const Shape&);
 Plan plan_forward(const ForwardArgs&, const Device&);
 Plan plan_backward(const BackwardArgs&, const Device&);
 
+// With max-pooling, what is summed and what is written have different sizes.
+struct PooledPlan {
+  Plan last;  // of the kernel that pools, or spreads the gradients of what was pooled
+  Plan sums;  // of those before it that sum over channels; no threads where there are none
+};
+PooledPlan plan_pooled_forward(const PooledForwardArgs&, const Device&);
+PooledPlan plan_pooled_backward(const PooledBackwardArgs&, const Device&);
+
+// How many groups of 8 elements each thread of a pooling kernel spreads gradients over: 64 bytes.
+constexpr int spread_in_hand(std::size_t element_bytes) {
+  return static_cast<int>(64 / (kGroup * element_bytes));
+}
+
 // A line for people.
 std::string describe(const Plan&);
+std::string describe(const PooledPlan&);
 
 }  // namespace fastlayers::cuda

@@ -41,41 +41,49 @@ struct PlaneGroup {
   __device__ __forceinline__ std::int64_t first() const { return static_cast<std::int64_t>(number) * kGroup - skew; }
 };
 
-// The part of a channel that one block has.
+// The part of a channel that one block has: each of so many tiles.
 struct PlanesPart {
   std::int64_t channel;
-  std::uint32_t split, tiles;
+  std::uint32_t split, tiles, end;  // end: the number behind the channel's last group
   bool leads;
 
   __device__ __forceinline__ PlanesPart(const PlanesWalk& walk, std::uint32_t block) {
     channel = block / static_cast<std::uint32_t>(walk.splits);
     split = block % static_cast<std::uint32_t>(walk.splits);
     tiles = split < walk.tiles ? (walk.tiles - split - 1) / static_cast<std::uint32_t>(walk.splits) + 1 : 0;
+    end = walk.groups;
     leads = split == 0 && threadIdx.x == 0;
   }
-  __device__ __forceinline__ std::uint32_t tile(const PlanesWalk& walk, std::uint32_t i) const {
-    return split + i * static_cast<std::uint32_t>(walk.splits);
+  // The number of the first group of tile i, each of kTile groups for each thread.
+  template <int kTile>
+  __device__ __forceinline__ std::uint32_t tile_begin(const PlanesWalk& walk, std::uint32_t i) const {
+    return (split + i * static_cast<std::uint32_t>(walk.splits)) * kTile * blockDim.x;
   }
 };
 
 // Planes are numbered sample by sample.
-__device__ __forceinline__ std::int64_t plane_of(const PlanesWalk& walk, std::int64_t channel, const PlaneGroup& g) {
-  return g.sample * walk.channels + channel;
+__device__ __forceinline__ std::int64_t plane_of(const PlanesWalk& walk, std::int64_t channel, std::uint32_t sample) {
+  return sample * walk.channels + channel;
 }
 
-// The u-th group of this thread in a tile of kTile groups for each thread.
-template <int kTile>
-__device__ __forceinline__ PlaneGroup plane_group(const PlanesWalk& walk, std::int64_t channel, std::uint32_t tile,
+// How many elements before a plane its first group begins: those that do not fill whole groups begin in the middle of
+// one.
+__device__ __forceinline__ int skew_of(const PlanesWalk& walk, std::int64_t channel, std::uint32_t sample) {
+  return walk.whole_groups ? 0 : static_cast<int>(plane_of(walk, channel, sample) * walk.spatial & (kGroup - 1));
+}
+
+// The u-th group of this thread in tile i of a block's part, of kTile groups for each thread.
+template <int kTile, class Part>
+__device__ __forceinline__ PlaneGroup plane_group(const PlanesWalk& walk, const Part& part, std::uint32_t i,
                                                   std::uint32_t u) {
-  const std::uint32_t group = (tile * kTile + u) * blockDim.x + threadIdx.x;
+  const std::uint32_t group = part.template tile_begin<kTile>(walk, i) + u * blockDim.x + threadIdx.x;
   PlaneGroup at;
-  if (group >= walk.groups) return at;
+  if (group >= part.end) return at;
   at.sample = walk.groups_per_plane.quotient(group);
   at.number = walk.groups_per_plane.remainder(group, at.sample);
   at.valid.end = kGroup;
   if (walk.whole_groups) return at;
-  // Planes that do not fill whole groups begin in the middle of one.
-  at.skew = static_cast<int>(plane_of(walk, channel, at) * walk.spatial & (kGroup - 1));
+  at.skew = skew_of(walk, part.channel, at.sample);
   at.valid.begin = at.number == 0 ? at.skew : 0;
   const std::int64_t left = walk.spatial - at.first();
   if (left < kGroup) at.valid.end = static_cast<int>(left > 0 ? left : 0);
@@ -94,7 +102,8 @@ __device__ __forceinline__ T* at(const Target& to, const PlaneGroup& g, std::int
 template <class P>
 __device__ __forceinline__ P* flat_byte(P* flat_bits, const PlanesWalk& walk, std::int64_t channel,
                                         const PlaneGroup& g) {
-  return flat_bits ? flat_bits + (plane_of(walk, channel, g) * walk.groups_per_plane.divisor + g.number) : nullptr;
+  return flat_bits ? flat_bits + (plane_of(walk, channel, g.sample) * walk.groups_per_plane.divisor + g.number)
+                   : nullptr;
 }
 
 __device__ __forceinline__ bool is_kept(const Keep& keep, std::int64_t plane) {
@@ -111,7 +120,7 @@ __device__ __forceinline__ unsigned kept_of(const Keep& keep, const PlanesWalk& 
                                             const PlaneGroup& g) {
   const unsigned valid = g.valid.bits();
   if (!valid || !(keep.planes || keep.seed)) return valid;
-  const std::int64_t plane = plane_of(walk, channel, g);
+  const std::int64_t plane = plane_of(walk, channel, g.sample);
   if (keep.planes) return is_kept(keep, plane) ? valid : 0;
   const auto first = static_cast<std::uint64_t>(plane * walk.spatial + g.first());
   return valid & kept_bits(static_cast<std::uint64_t>(*keep.seed), keep_threshold(keep.scale), first);
@@ -131,10 +140,10 @@ struct PlanesShared {
   static __device__ __forceinline__ unsigned char* tiles() { return dynamic_shared() + kPlanesSharedBytes; }
 };
 
-// Sums a block's part of a channel and keeps its first tiles.
-template <class T, int kTile>
+// Sums a block's part of a channel. keep(i, u, group) is told the u-th group of this thread in tile i.
+template <class T, int kTile, class Part, class KeepGroup>
 __device__ __forceinline__ Deviations<Compute<T>> collect_forward(const ForwardArgs& args, const PlanesWalk& walk,
-                                                                  const PlanesPart& part, unsigned char* kept) {
+                                                                  const Part& part, KeepGroup&& keep) {
   const T* input = static_cast<const T*>(args.input.data);
   Deviations<Compute<T>> deviations(widen(input[part.channel * args.input.inner]));
   for (std::uint32_t i = 0; i < part.tiles; ++i) {
@@ -143,11 +152,11 @@ __device__ __forceinline__ Deviations<Compute<T>> collect_forward(const ForwardA
     int count = 0;
 #pragma unroll
     for (int u = 0; u < kTile; ++u) {
-      const PlaneGroup g = plane_group<kTile>(walk, part.channel, part.tile(walk, i), u);
+      const PlaneGroup g = plane_group<kTile>(walk, part, i, u);
       valid[u] = g.valid;
       count += g.valid.empty() ? 0 : g.valid.end - g.valid.begin;
       x[u] = load(at<T>(args.input, g, part.channel), g.valid, walk.aligned.input);
-      if (i < walk.kept_tiles) Kept<T>::put(kept, i * kTile + u, x[u]);
+      keep(i, u, x[u]);
     }
     constexpr int kCount = kTile * kGroup;
     const auto value = [&](int e) { return x[e / kGroup][e % kGroup]; };
@@ -177,7 +186,7 @@ __device__ __forceinline__ void apply_forward(const ForwardArgs& args, const Pla
     unsigned kept[kHand];
 #pragma unroll
     for (int u = 0; u < kHand; ++u) {
-      g[u] = plane_group<kTile>(walk, part.channel, part.tile(walk, i), first + u);
+      g[u] = plane_group<kTile>(walk, part, i, first + u);
       kept[u] = kept_of(args.keep, walk, part.channel, g[u]);
       x[u] = residual[u] = zeros<T>();
       if (!kept[u]) continue;
@@ -226,7 +235,7 @@ __device__ __forceinline__ Pair collect_backward(const BackwardArgs& args, const
     unsigned kept[kTile];
 #pragma unroll
     for (int u = 0; u < kTile; ++u) {
-      const PlaneGroup g = plane_group<kTile>(walk, part.channel, part.tile(walk, i), u);
+      const PlaneGroup g = plane_group<kTile>(walk, part, i, u);
       kept[u] = kept_of(args.keep, walk, part.channel, g);
       if (!kept[u]) continue;
       group[u].grad_output = load(at<T>(args.grad_output, g, part.channel), g.valid, walk.aligned.grad_output);
@@ -267,7 +276,7 @@ __device__ __forceinline__ void apply_backward(const BackwardArgs& args, const P
     unsigned kept[kTile];
 #pragma unroll
     for (int u = 0; u < kTile; ++u) {
-      g[u] = plane_group<kTile>(walk, part.channel, part.tile(walk, i), u);
+      g[u] = plane_group<kTile>(walk, part, i, u);
       kept[u] = kept_of(args.keep, walk, part.channel, g[u]);
       if (g[u].valid.empty()) continue;
       const bool in_shared = kept[u] && i < walk.kept_tiles;
@@ -313,7 +322,10 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(kWhich =
   using Shared = PlanesShared<ChannelAffine<S>>;
   Shared& shared = Shared::here();
   const PlanesPart part(walk, blockIdx.x);
-  const auto deviations = collect_forward<T, kTile>(args, walk, part, Shared::tiles());
+  const auto keep = [&](std::uint32_t i, int u, const Group<T>& x) {
+    if (i < walk.kept_tiles) Kept<T>::put(Shared::tiles(), i * kTile + u, x);
+  };
+  const auto deviations = collect_forward<T, kTile>(args, walk, part, keep);
   const Pair sums = cluster_sum(deviations.sums(), shared.scratch, &shared.total);
   if (threadIdx.x == 0) {
     const Statistics found = batch_statistics(args, part.channel, deviations.origin(), sums, part.leads);
@@ -329,18 +341,29 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(false))
     planes_forward_sums(const ForwardArgs args, const PlanesWalk walk, Pair* partial) {
   using Shared = PlanesShared<ChannelAffine<Compute<T>>>;
   const PlanesPart part(walk, blockIdx.x);
-  const auto deviations = collect_forward<T, kTile>(args, walk, part, nullptr);
+  const auto deviations = collect_forward<T, kTile>(args, walk, part, [](std::uint32_t, int, const Group<T>&) {});
   const Pair sums = block_sum(deviations.sums(), Shared::here().scratch);
   if (threadIdx.x == 0) partial[blockIdx.x] = sums;
 }
 
-// The sums of all blocks of a channel.
-__device__ __forceinline__ Pair sum_of_parts(const PlanesWalk& walk, const PlanesPart& part, const Pair* partial,
-                                             Pair* scratch) {
+// The sums of the `splits` blocks of a channel.
+__device__ __forceinline__ Pair sum_of_parts(std::int64_t channel, int splits, const Pair* partial, Pair* scratch) {
   Pair sums;
-  for (int split = static_cast<int>(threadIdx.x); split < walk.splits; split += static_cast<int>(blockDim.x))
-    sums.add(partial[part.channel * walk.splits + split]);
+  for (int split = static_cast<int>(threadIdx.x); split < splits; split += static_cast<int>(blockDim.x))
+    sums.add(partial[channel * splits + split]);
   return block_sum(sums, scratch);
+}
+
+// What the sums of a channel come to in training, and the running statistics in evaluation mode.
+template <class T>
+__device__ __forceinline__ ChannelAffine<Compute<T>> finished_affine(const ForwardArgs& args, std::int64_t channel,
+                                                                     const Pair& sums, bool leads) {
+  using S = Compute<T>;
+  const T first = static_cast<const T*>(args.input.data)[channel * args.input.inner];
+  const double origin = Deviations<S>(widen(first)).origin();
+  const Statistics found =
+      args.training ? batch_statistics(args, channel, origin, sums, leads) : running_statistics(args, channel, leads);
+  return channel_affine<S>(args, channel, found);
 }
 
 // The second of them; or, in evaluation mode, the only one. Begins where the first ended.
@@ -351,14 +374,8 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(kWhich =
   using Shared = PlanesShared<ChannelAffine<S>>;
   Shared& shared = Shared::here();
   const PlanesPart part(walk, gridDim.x - 1 - blockIdx.x);
-  const Pair sums = args.training ? sum_of_parts(walk, part, partial, shared.scratch) : Pair{};
-  if (threadIdx.x == 0) {
-    const T first = static_cast<const T*>(args.input.data)[part.channel * args.input.inner];
-    const double origin = Deviations<S>(widen(first)).origin();
-    const Statistics found = args.training ? batch_statistics(args, part.channel, origin, sums, part.leads)
-                                           : running_statistics(args, part.channel, part.leads);
-    shared.numbers = channel_affine<S>(args, part.channel, found);
-  }
+  const Pair sums = args.training ? sum_of_parts(part.channel, walk.splits, partial, shared.scratch) : Pair{};
+  if (threadIdx.x == 0) shared.numbers = finished_affine<T>(args, part.channel, sums, part.leads);
   __syncthreads();
   apply_forward<T, kTile, kWhich>(args, walk, part, shared.numbers, nullptr);
 }
@@ -401,7 +418,7 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(kWhich =
   using Shared = PlanesShared<Gradient<S>>;
   Shared& shared = Shared::here();
   const PlanesPart part(walk, gridDim.x - 1 - blockIdx.x);
-  const Pair sums = partial ? sum_of_parts(walk, part, partial, shared.scratch) : Pair{};
+  const Pair sums = partial ? sum_of_parts(part.channel, walk.splits, partial, shared.scratch) : Pair{};
   if (threadIdx.x == 0) shared.numbers = channel_gradient<S>(args, part.channel, sums, part.leads);
   __syncthreads();
   apply_backward<T, kTile, kWhich>(args, walk, part, shared.numbers, nullptr);

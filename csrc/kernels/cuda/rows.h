@@ -109,24 +109,34 @@ __device__ __forceinline__ void store(const Target& to, const RowsWalk& walk, co
   store(static_cast<T*>(to.data) + offset_of(walk, part, g), group, g.valid, aligned);
 }
 
-// Which of the 8 values from `first` on are not zero, as bits.
+// Which of the 8 values from `first` on are there and not zero, as bits.
 template <class Word>
-__device__ __forceinline__ unsigned nonzero_bits(const void* values, std::int64_t first, bool aligned) {
+__device__ __forceinline__ unsigned nonzero_bits(const void* values, std::int64_t first, Span valid, bool aligned) {
   struct alignas(8) Eight {
     Word values[kGroup];
   };
   const Word* from = static_cast<const Word*>(values) + first;
   Eight eight;
-  if (aligned) {
+  if (aligned && valid.whole()) {
     eight = *reinterpret_cast<const Eight*>(from);
   } else {
 #pragma unroll
-    for (int e = 0; e < kGroup; ++e) eight.values[e] = from[e];
+    for (int e = 0; e < kGroup; ++e) eight.values[e] = valid.has(e) ? from[e] : Word(0);
   }
   unsigned bits = 0;
 #pragma unroll
   for (int e = 0; e < kGroup; ++e) bits |= static_cast<unsigned>(eight.values[e] != 0) << e;
   return bits;
+}
+
+// What dropout keeps of 8 channels of a sample, of which `first` is the first plane.
+__device__ __forceinline__ unsigned kept_channels(const Keep& keep, std::int64_t first, Span valid, bool aligned) {
+  switch (keep.plane_bytes) {
+    case 1: return nonzero_bits<std::uint8_t>(keep.planes, first, valid, aligned);
+    case 2: return nonzero_bits<std::uint16_t>(keep.planes, first, valid, aligned);
+    case 4: return nonzero_bits<std::uint32_t>(keep.planes, first, valid, aligned);
+    default: return nonzero_bits<std::uint64_t>(keep.planes, first, valid, aligned);
+  }
 }
 
 // What dropout keeps of a thread's groups of columns. The channels of a sample have one answer for all its rows.
@@ -143,20 +153,12 @@ class KeptColumns {
     const std::uint32_t sample = walk.by_spatial.quotient(g.run);
     if (sample != sample_) {
       sample_ = sample;
-      bits_ = nonzero(keep, sample * walk.channels + part.column, walk.aligned_mask);
+      bits_ = kept_channels(keep, sample * walk.channels + part.column, {0, kGroup}, walk.aligned_mask);
     }
     return bits_;
   }
 
  private:
-  static __device__ __forceinline__ unsigned nonzero(const Keep& keep, std::int64_t first, bool aligned) {
-    switch (keep.plane_bytes) {
-      case 1: return nonzero_bits<std::uint8_t>(keep.planes, first, aligned);
-      case 2: return nonzero_bits<std::uint16_t>(keep.planes, first, aligned);
-      case 4: return nonzero_bits<std::uint32_t>(keep.planes, first, aligned);
-      default: return nonzero_bits<std::uint64_t>(keep.planes, first, aligned);
-    }
-  }
   static __device__ __forceinline__ unsigned of_several_rows(const Keep& keep, const RowsWalk& walk,
                                                              const RowsPart& part, const RowGroup& g) {
     unsigned bits = 0;

@@ -8,6 +8,8 @@
 #include "kernels.h"
 
 #ifdef __CUDACC__
+// Without libcu++, of which nothing here is used: reading it takes longer than compiling a kernel.
+#define _CG_LIMIT_INCLUDED_DEPENDENCIES
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 #else

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from fastlayers.studies.report import figures, page, tables, terminal
 from fastlayers.studies.report.findings import Finding, collect
-from fastlayers.studies.results import Store, write_whole
+from fastlayers.studies.results import Store
+from fastlayers.writing import write_whole
 
 PAGE = "index.html"
 MARKDOWN = "report.md"
@@ -38,11 +39,10 @@ def write(out: Path) -> Path:
         )
         for report, of_studies in findings.reports
     ]
-    (out / PLOTS).mkdir(parents=True, exist_ok=True)
     for chapter in chapters:
         for section in chapter.sections:
             for picture in section.pictures:
-                (out / PLOTS / picture.name).write_bytes(picture.content)
+                write_whole(out / PLOTS / picture.name, picture.content)
     failures = dict(findings.failures)
     write_whole(out / MARKDOWN, page.markdown(chapters, failures, findings.runs, PLOTS))
     write_whole(out / PAGE, page.html(chapters, failures, findings.runs))

@@ -27,6 +27,8 @@ _KINDS = {"batch": ("with BatchNorm", "#0072B2"), "none": ("without BatchNorm", 
 _WINDOWS = 100
 # Without BatchNorm, single values are thousands of times the rest.
 _SHOWN = 0.98
+# A million steps.
+_MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,14 @@ def _how(variant: Variant, layers: Layers) -> str:
 def _read(store: Store, result: Result) -> _Path:
     path: Path = store.folder(result.job) / LANDSCAPE_FILE
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > _MOST_BYTES:
+            raise ValueError(f"it holds {size} bytes, more than {_MOST_BYTES}")
         with np.load(path, allow_pickle=False) as arrays:
             floats = [arrays[name].astype(np.float64) for name in ("loss", "smoothness", "loss_low", "loss_high")]
             step = arrays["step"].astype(np.int64)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a file may be wrong in any way
         raise ResultError(f"{path} is not the record of a loss landscape: {error}") from error
     loss, smoothness, low, high = floats
     if not loss.size or not step.shape == smoothness.shape == low.shape == high.shape:

@@ -1,0 +1,127 @@
+"""Files are written as a whole or not at all: full disks, several writers, links, devices, kill -9."""
+
+from __future__ import annotations
+
+import os
+import random
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fastlayers.writing import remove_partials, write_whole
+from tests import scripts
+
+
+def _everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_written_whole_in_a_new_folder(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    for content in ("text é", b"bytes", memoryview(b"memory"), ""):
+        write_whole(path, content)
+        assert path.read_bytes() == (content.encode() if isinstance(content, str) else bytes(content))
+    assert list(_everything_in(tmp_path)) == ["new/file"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+def test_full_disk_leaves_what_was_there(tmp_path: Path, full_disk: Callable[[int], None]) -> None:
+    path = tmp_path / "file"
+    write_whole(path, "before")
+    full_disk(0)
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+        write_whole(path, "after")
+    assert _everything_in(tmp_path) == {"file": b"before"}
+
+
+def test_devices_are_written_as_they_are() -> None:
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_whole(Path("/dev/full"), "x")
+    assert Path("/dev/full").is_char_device()
+
+
+def test_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("elsewhere/file")
+    write_whole(tmp_path / "link", "content")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "elsewhere" / "file").read_text() == "content"
+
+
+def test_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/below"):
+        write_whole(tmp_path / "file" / "below", "x")
+    with pytest.raises(OSError, match=str(tmp_path)):
+        write_whole(tmp_path, "x")
+
+
+def test_many_writers_and_a_reader(tmp_path: Path) -> None:
+    path, contents = tmp_path / "file", [bytes([number]) * 300_000 for number in range(4)]
+    write_whole(path, contents[0])
+    writers = [
+        threading.Thread(target=lambda content=content: [write_whole(path, content) for _ in range(15)])
+        for content in contents
+    ]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert path.read_bytes() in contents
+    assert list(_everything_in(tmp_path)) == ["file"]
+
+
+_WRITER = """
+    import sys
+    from pathlib import Path
+    from fastlayers.writing import write_whole
+
+    number = 0
+    while True:
+        number = (number + 1) % 256
+        write_whole(Path("file"), bytes([number]) * 3_000_000)
+        print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(50, marks=pytest.mark.long)])
+def test_kill_in_the_middle_of_writing(times: int, tmp_path: Path) -> None:
+    chance = random.Random(0)
+    for _ in range(times):
+        process = scripts.start(_WRITER, tmp_path)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(chance.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        content = (tmp_path / "file").read_bytes()
+        assert content == content[:1] * 3_000_000
+    remove_partials(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {"file", "script.py"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs to mount a tmpfs: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_disk_that_is_full(small_disk: Path) -> None:
+    path = small_disk / "file"
+    write_whole(path, bytes(2_000_000))
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        write_whole(path, bytes(2_000_001))
+    assert {name: len(content) for name, content in _everything_in(small_disk).items()} == {"file": 2_000_000}
