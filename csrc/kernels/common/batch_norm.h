@@ -78,8 +78,8 @@ struct GradientSums {
   FL_INLINE void include_mean_rest(double rest) { grad_deviation -= correction(rest * grad); }
 };
 
-// grad_input = scale * (g + by_deviation * (x - mean) + constant), with ChannelAffine's mean and scale. In evaluation mode
-// the statistics are constants, and only the first term is left. Without the scale, by_deviation is of the size of
+// grad_input = scale * (g + by_deviation * (x - mean) + constant), with ChannelAffine's mean and scale. In evaluation
+// mode the statistics are constants, and only the first term is left. Without the scale, by_deviation is of the size of
 // 1 / deviation; with it, of that of its square, which float cannot hold for deviations beyond 1e19 and below 1e-19.
 struct InputGradient {
   double by_deviation = 0, constant = 0;

@@ -381,10 +381,20 @@ TileMoments tile_moments_of_non_finite(const Source& x, const Tile& tile) {
   return total;
 }
 
+// As for the moments of a channel, for all of a tile's.
 template <class T>
-TileMoments tile_moments(const Source& x, const Tile& tile, const Columns& columns) {
+bool is_above_underflow(const TileMoments& m, double eps, const Columns& columns, const Tile& tile) {
+  if (eps >= kSmallestVariance) return true;
+  for (std::int64_t c = 0; c < tile.channels; ++c)
+    if (!is_above_underflow<T>(m.of_channel(columns, tile, c), eps)) return false;
+  return true;
+}
+
+template <class T>
+TileMoments tile_moments(const ForwardArgs& args, const Tile& tile, const Columns& columns) {
+  const Source& x = args.input;
   TileMoments m = tile_moments<T, Compute<T>>(x, tile, columns);
-  if (m.is_finite()) return m;
+  if (m.is_finite() && is_above_underflow<T>(m, args.eps, columns, tile)) return m;
   // Squares beyond the range of float, or something that is not finite in x: double tells which.
   if constexpr (sizeof(Compute<T>) < sizeof(double)) m = tile_moments<T, double>(x, tile, columns);
   if (!m.is_finite()) m.replace_non_finite(tile_moments_of_non_finite<T>(x, tile), columns, tile);
@@ -401,7 +411,7 @@ void each_tile(const Args& args, const RowSplit& split, Walk walk, const auto& f
 template <class T>
 void statistics_of_tile(const ForwardArgs& args, const Tile& t) {
   const Columns columns(args.geometry);
-  const TileMoments m = tile_moments<T>(args.input, t, columns);
+  const TileMoments m = tile_moments<T>(args, t, columns);
   finish_statistics(args, t.channel, t.channel + t.channels,
                     [&](std::int64_t c) { return m.of_channel(columns, t, c - t.channel); });
 }
@@ -413,7 +423,7 @@ void statistics_of_tiles(const ForwardArgs& args, const RowSplit& split, F&& mea
   const Columns columns(args.geometry);
   Scratch<Moments> parts(split.tiles * channels);
   each_tile(args, split, Walk::forward, [&](std::int64_t task, const Tile& t) {
-    const TileMoments m = tile_moments<T>(args.input, t, columns);
+    const TileMoments m = tile_moments<T>(args, t, columns);
     Moments* to = parts.data() + task / split.blocks * channels + t.channel;
     for (std::int64_t c = 0; c < t.channels; ++c) to[c] = m.of_channel(columns, t, c);
     meanwhile(t);
