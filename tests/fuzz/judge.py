@@ -7,6 +7,7 @@ the way to a result, element by element. NaN and infinities come out where torch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 import fastlayers as fl
 from fastlayers import activations
+from tests.fuzz import pools
+from tests.fuzz.pools import Pool
 from tests.fuzz.problems import Tensors
 from tests.oracle import kinds
 
@@ -39,10 +42,22 @@ def eager(t: Tensors) -> Tensor:
     z = z if t.residual is None else z + t.residual
     if t.mask is None:
         y: Tensor = p.act.module()(z)
-        return y
-    # Twice: so that neither a value nor a slope that is NaN comes through.
-    scale = 0.0 if p.drop_p == 1 else 1 / (1 - p.drop_p)
-    return torch.where(t.mask, p.act.module()(torch.where(t.mask, z, 0)) * scale, 0)
+    else:
+        # Twice: so that neither a value nor a slope that is NaN comes through.
+        scale = 0.0 if p.drop_p == 1 else 1 / (1 - p.drop_p)
+        y = torch.where(t.mask, p.act.module()(torch.where(t.mask, z, 0)) * scale, 0)
+    return y if p.pool is None else _pooled(y, p.pool, t)
+
+
+def _pooled(y: Tensor, pool: Pool, t: Tensors) -> Tensor:
+    """The elements that exact arithmetic takes; torch's own where there is a NaN or an infinity in the channel.
+
+    Two that rounding makes equal have gradients of their own, and an error of which one it was would excuse all others.
+    """
+    theirs: Tensor = pool.module()(y)
+    if t.taken is None or t.special is None:
+        return theirs
+    return torch.where(fl.reference.per_channel(t.special, theirs), theirs, pools.take(y, t.taken))
 
 
 def exact(t: Tensors) -> Tensor:
@@ -52,6 +67,7 @@ def exact(t: Tensors) -> Tensor:
     return fl.reference.batch_norm_act_masked(
         t.input, t.weight, t.bias, t.residual, t.mask, t.running_mean, t.running_var, t.num_batches_tracked,
         training=p.training, momentum=p.momentum, eps=p.eps, activation=activation, drop_p=p.drop_p,
+        pool=None if p.pool is None else fl.pooling.resolve(p.pool.module(), len(p.shape) - 2),
     )  # fmt: skip
 
 
@@ -116,6 +132,42 @@ class Rounding:
             self.near_kink |= (self.z - kink).abs() < 0.02 + 64 * self.of_z
         scale = 0.0 if p.drop_p == 1 else 1 / (1 - p.drop_p)
         self.keep = torch.ones_like(x) if t.mask is None else t.mask.double() * scale
+        activation = activations.resolve(p.act.module()).in_evaluation()
+        leaf = self.z.clone().requires_grad_()
+        value = activation.apply(leaf)
+        (self.slope,) = torch.autograd.grad(value, leaf, torch.ones_like(value)) if leaf.numel() else (leaf.detach(),)
+        self.value = value.detach()
+        # Some are steeper than their bound says: those with an exponential that grows.
+        self.steepest = self.slope.abs().clamp_min(p.act.slope)
+        jump = torch.where(self.near_kink, p.act.jump, 0.0)
+        self.of_value = self.steepest * self.of_z + self.unit * p.act.size + jump
+        self.taken, self.unclear = None, self.near_kink
+        if p.pool is not None:
+            self._find_taken(p.pool)
+
+    def _find_taken(self, pool: Pool) -> None:
+        """Which element of each window is taken, and where that is unclear, or its slope."""
+        dropped = torch.where(self.keep == 0, 0, self.value * self.keep)
+        _, self.taken = pool.module(return_indices=True)(dropped)
+        value, x, keep = (pools.take(t, self.taken)[..., None] for t in (dropped, self.x, self.keep))
+        margin = 64 * pool.windows(self.of_value * self.keep.clamp_min(1), 0.0).amax(-1, keepdim=True)
+        # Among equal ones the first is taken by everybody, if they are equal from the start.
+        others = (pool.windows(self.x, math.nan) != x) | (pool.windows(self.keep, 0.0) != keep)
+        close = ~((pool.windows(dropped, -math.inf) - value).abs() > margin)
+        outside = pool.windows(torch.zeros_like(self.x), 1.0) == 1
+        self.unclear = (others & close & ~outside).any(-1) | pools.take(self.near_kink, self.taken)
+
+    def special_channels(self) -> Tensor:
+        """Which channels have something in an argument that is not finite (C,)."""
+        t = self.tensors
+        found = torch.zeros(self.problem.shape[1], dtype=torch.bool)
+        for value in (t.input, t.grad_output, t.residual):
+            if value is not None:
+                found |= _any(~value.detach().isfinite())
+        for value in (t.weight, t.bias, t.running_mean, t.running_var):
+            if value is not None:
+                found |= ~value.detach().isfinite()
+        return found
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         if self.problem.training:
@@ -130,20 +182,18 @@ class Rounding:
     def sizes(self) -> Results:
         """Of each result. `grad_output` is read now."""
         p, unit, tiny = self.problem, self.unit, self.tiny
-        activation = activations.resolve(p.act.module()).in_evaluation()
-        leaf = self.z.clone().requires_grad_()
-        y = activation.apply(leaf)
-        (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y)) if leaf.numel() else (leaf.detach(),)
-        # Some are steeper than their bound says: those with an exponential that grows.
-        steepest = slope.abs().clamp_min(p.act.slope)
-        curvature = (2 * slope.abs()).clamp_min(p.act.curvature)
-        jump = torch.where(self.near_kink, p.act.jump, 0.0)
-        of_y = self.keep * (steepest * self.of_z + unit * p.act.size + jump) + tiny
-        dout = self.keep * _double(self.tensors.grad_output)
-        g = (dout * slope).abs()
-        of_g = dout.abs() * (unit * steepest + curvature * self.of_z) + 2 * unit * g + tiny
+        curvature = (2 * self.slope.abs()).clamp_min(p.act.curvature)
+        of_y = self.keep * self.of_value + tiny
+        dout = _double(self.tensors.grad_output).abs()
+        if p.pool is not None:
+            assert self.taken is not None
+            of_y = p.pool.windows(of_y, 0.0).amax(-1)
+            dout = pools.put(dout, self.taken, self.x)
+        dout = self.keep * dout
+        g = (dout * self.slope).abs()
+        of_g = dout * (unit * self.steepest + curvature * self.of_z) + 2 * unit * g + tiny
         # Near a kink either slope is right.
-        of_g = of_g + torch.where(self.near_kink, 2 * steepest * dout.abs(), 0)
+        of_g = of_g + torch.where(self.near_kink, 2 * self.steepest * dout, 0)
         normal = self.deviation * self.invstd
         of_weight = (of_g * normal + g * (unit * normal + tiny * self.invstd)).sum(self.dims)
         of_input = of_g
@@ -202,7 +252,7 @@ class Judge:
     def __init__(self, rounding: Rounding, expected: Results, theirs: Results) -> None:
         self.tensors = rounding.tensors
         self.expected, self.theirs, self.sizes = (as_one(r, self.tensors) for r in (expected, theirs, rounding.sizes()))
-        self.special, self.undefined = _special_channels(rounding), _undefined_slopes(rounding)
+        self.special, self.undefined = rounding.special_channels(), _undefined_slopes(rounding)
         self.overflows = _overflows(rounding)
 
     def compare(self, got: Results) -> None:
@@ -264,19 +314,6 @@ def _any(t: Tensor) -> Tensor:
     return t.transpose(0, 1).flatten(1).any(1)
 
 
-def _special_channels(rounding: Rounding) -> Tensor:
-    """Which channels have something in an argument that is not finite (C,)."""
-    t = rounding.tensors
-    found = torch.zeros(t.problem.shape[1], dtype=torch.bool)
-    for value in (t.input, t.grad_output, t.residual):
-        if value is not None:
-            found |= _any(~value.detach().isfinite())
-    for value in (t.weight, t.bias, t.running_mean, t.running_var):
-        if value is not None:
-            found |= ~value.detach().isfinite()
-    return found
-
-
 def _overflows(rounding: Rounding) -> Tensor:
     """Which channels overflow on the way, in the dtype of the kernels: in their scale, or in their sums (C,)."""
     t = rounding.tensors
@@ -331,10 +368,15 @@ def assert_own_memory(results: Results, t: Tensors) -> None:
         owners[pointer] = name
 
 
-def same_layout(t: Tensor, like: Tensor) -> bool:
-    """Whether `t` lies in memory as ``empty_like(like)`` would; strides of single elements do not matter."""
-    expected = torch.empty_like(like)
-    return (
-        all(a == b or size == 1 for a, b, size in zip(t.stride(), expected.stride(), t.shape, strict=True))
-        or t.numel() == 0
-    )
+def has_right_layout(output: Tensor, input: Tensor, pooled: bool) -> bool:
+    """Whether `output` lies in memory as ``empty_like(input)`` would; strides of single elements do not matter.
+
+    If it is `pooled`: whether its channels are adjacent where they would be there, and it is else contiguous.
+    """
+    expected = torch.empty_like(input)
+    if pooled:
+        batch, channels, *sizes = output.shape
+        rows = math.prod(input.shape[2:]) == 1 or (channels > 1 and expected.stride(1) == 1)
+        expected = output.new_empty(batch, *sizes, channels).movedim(-1, 1) if rows else output.new_empty(output.shape)
+    strides = zip(output.stride(), expected.stride(), output.shape, strict=True)
+    return output.numel() == 0 or all(a == b or size == 1 for a, b, size in strides)

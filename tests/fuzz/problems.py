@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from tests.conftest import CAPABILITIES
 from tests.fuzz import memory, values
 from tests.fuzz.activations import Act, acts
 from tests.fuzz.memory import Memory, Place
+from tests.fuzz.pools import Pool, pools
 from tests.fuzz.values import Values
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -70,6 +72,7 @@ class Problem:
     act: Act = IDENTITY
     drop_p: float = 0.0
     drop_mode: str = "channel"
+    pool: Pool | None = None
     stochastic: bool | None = None
     wanted: frozenset[str] = frozenset(SOURCES)
     same: frozenset[tuple[str, str]] = frozenset()
@@ -80,13 +83,22 @@ class Problem:
     threads: int = 1
 
     @property
+    def output_shape(self) -> tuple[int, ...]:
+        return self.shape if self.pool is None else self.pool.shape(self.shape)
+
+    @property
     def drops(self) -> bool:
         return self.training if self.stochastic is None else self.stochastic
 
 
 @dataclass
 class Tensors:
-    """The tensors of a problem, for one run."""
+    """The tensors of a problem, for one run.
+
+    Attributes:
+        taken: of each window of the pool, the index of the element that exact arithmetic takes, if it is known.
+        special: the channels in which that does not count (C,).
+    """
 
     problem: Problem
     input: Tensor
@@ -99,6 +111,8 @@ class Tensors:
     num_batches_tracked: Tensor | None
     mask: Tensor | None
     memories: dict[str, Memory] = field(default_factory=dict)
+    taken: Tensor | None = None
+    special: Tensor | None = None
 
     def sources(self) -> dict[str, Tensor]:
         """What has a gradient."""
@@ -118,10 +132,15 @@ class Tensors:
             new = new.to(dtype) if dtype is not None and t.is_floating_point() else new
             return new.requires_grad_(t.requires_grad)
 
-        names = [f.name for f in dataclasses.fields(self) if f.name not in ("problem", "mask", "memories")]
+        names = [
+            f.name
+            for f in dataclasses.fields(self)
+            if f.name not in ("problem", "mask", "memories", "taken", "special")
+        ]
         fresh = dataclasses.replace(self, memories={}, **{name: copy(getattr(self, name)) for name in names})
-        # In the input's layout: in others torch's backward is at times wrong.
-        fresh.grad_output = torch.empty_like(fresh.input).copy_(fresh.grad_output)
+        if self.problem.pool is None:
+            # In the input's layout: in others torch's backward is at times wrong.
+            fresh.grad_output = torch.empty_like(fresh.input).copy_(fresh.grad_output)
         return fresh
 
 
@@ -135,7 +154,7 @@ def make(problem: Problem, gpu: bool = False) -> Tensors:
     p, channels = problem, (problem.shape[1],)
     memories: dict[str, Memory] = {
         "input": p.input.make(p.shape, p.dtype),
-        "grad_output": p.grad_output.make(p.shape, p.dtype),
+        "grad_output": p.grad_output.make(p.output_shape, p.dtype),
     }
     vectors = {"weight": p.weight, "bias": p.bias}
     if p.running is not None:
@@ -198,9 +217,15 @@ def shapes(draw: st.DrawFn, most: int = 3000, ranks: tuple[int, int] = (2, 6)) -
 
 
 @st.composite
-def specs(draw: st.DrawFn, shape: tuple[int, ...], content: st.SearchStrategy[Values], negated: bool = True) -> Spec:
-    """A tensor of full size, `negated` at times."""
-    return Spec(draw(content), draw(memory.places(shape, negated)))
+def specs(
+    draw: st.DrawFn,
+    shape: tuple[int, ...],
+    content: st.SearchStrategy[Values],
+    negated: bool = True,
+    overlapping: bool = True,
+) -> Spec:
+    """A tensor of full size; `negated`, and with elements that share memory (`overlapping`), at times."""
+    return Spec(draw(content), draw(memory.places(shape, negated, overlapping)))
 
 
 @st.composite
@@ -225,18 +250,26 @@ def available(name: str) -> bool:
 
 @st.composite
 def problems(
-    draw: st.DrawFn, most: int = 3000, probabilities: tuple[float, ...] = (0.0, 0.3, 0.5, 1.0, 0.9999)
+    draw: st.DrawFn,
+    most: int = 3000,
+    probabilities: tuple[float, ...] = (0.0, 0.3, 0.5, 1.0, 0.9999),
+    pooled: bool = False,
 ) -> Problem:
-    """Every valid call there is, as far as its tensors have at most `most` elements."""
+    """Every valid call there is, as far as its tensors have at most `most` elements; `pooled` ones have a pool."""
     dtype, param_dtype = draw(dtypes())
     training = draw(st.booleans())
     stochastic = draw(st.sampled_from((None, None, None, True, False)))
-    shape = draw(shapes(most).filter(lambda s: s[1] != 0 and (not training or _numel(s) != s[1])))
+    ranks = (3, 5) if pooled else (2, 6)
+    shape = draw(shapes(most, ranks).filter(lambda s: s[1] != 0 and (not training or math.prod(s) != s[1])))
+    pool = draw(pools(shape)) if pooled else None
     act = draw(acts)
     drops = training if stochastic is None else stochastic
     if act.name == "RReLU" and drops:
         stochastic = drops = False
-    vector = lambda *args, **kw: draw(st.none() | vectors(*args, **kw))  # noqa: E731
+
+    def vector(mean: float, std: float) -> Spec | None:
+        return draw(st.none() | vectors(mean, std))
+
     tracks = not training or draw(st.booleans())
     running = (
         draw(vectors(0.0, 1.0, overlapping=not training)),
@@ -245,22 +278,25 @@ def problems(
     batches = draw(st.none() | st.integers(0, 3))
     momenta = (0.1, 0.1, 0.0, 1.0, 0.37, -0.5, 3) + ((None,) if batches is not None or not training else ())
     epsilons = (1e-5, 1e-5, 1e-3, 1.0, 1e-12, 1e-38, 1e-60, 1e6) + (() if training else (0.0,))
-    residual = draw(st.none() | specs(shape, values.full_size(dtype)))
-    same = (
-        draw(
-            st.frozensets(
-                st.sampled_from((("residual", "input"), ("bias", "weight"), ("grad_output", "input"))), max_size=1
-            )
-        )
-        if draw(st.integers(0, 4)) == 4
-        else frozenset()
+    # With a pool most calls are to be those that are fused.
+    residual = (
+        None
+        if pool is not None and draw(st.integers(0, 4))
+        else draw(st.none() | specs(shape, values.full_size(dtype)))
     )
+    pairs = st.sampled_from(_PAIRS[:2] if pool is not None else _PAIRS)
+    same = frozenset({draw(pairs)}) if draw(st.integers(0, 4)) == 4 else frozenset()
+    outputs = shape if pool is None else pool.shape(shape)
     return Problem(
-        shape=shape, dtype=dtype, param_dtype=param_dtype,
+        shape=shape,
+        dtype=dtype,
+        param_dtype=param_dtype,
         input=draw(specs(shape, values.full_size(dtype))),
-        grad_output=draw(specs(shape, values.gradients(dtype))),
+        # Where a window has two largest elements its gradient has to be made zero, without touching others.
+        grad_output=draw(specs(outputs, values.gradients(dtype), overlapping=pool is None)),
         residual=residual,
-        weight=vector(1.0, 0.3), bias=vector(0.0, 1.0),
+        weight=vector(1.0, 0.3),
+        bias=vector(0.0, 1.0),
         running=running if tracks else None,
         batches=batches,
         training=training,
@@ -269,6 +305,7 @@ def problems(
         act=act,
         drop_p=draw(st.sampled_from(probabilities)),
         drop_mode=draw(st.sampled_from(("channel", "element"))),
+        pool=pool,
         stochastic=stochastic,
         wanted=draw(st.frozensets(st.sampled_from(SOURCES))) if draw(st.booleans()) else frozenset(SOURCES),
         same=same,
@@ -277,8 +314,8 @@ def problems(
         capability=draw(st.sampled_from([c for c in CAPABILITIES if available(c)])),
         past_the_caches=draw(st.booleans()),
         threads=draw(st.sampled_from((1, 1, 1, 2, 3))),
-    )  # fmt: skip
+    )
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+#: What may be one tensor.
+_PAIRS = (("residual", "input"), ("bias", "weight"), ("grad_output", "input"))

@@ -134,7 +134,43 @@ _WRONG_COUNTS: dict[str, Any] = {
     "a number": 3,
 }
 
+_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+
+def _spatial_dims(a: Arguments) -> int:
+    return len(a["input"].shape) - 2
+
+
+def _takes_pools(a: Arguments) -> bool:
+    return _spatial_dims(a) in _POOLS
+
+
+#: Made of the number of spatial dimensions.
+_WRONG_POOLS: dict[str, Callable[[int], Any]] = {
+    "too many dimensions": lambda dims: _POOLS[dims % 3 + 1](1),
+    "that returns indices": lambda dims: _POOLS[dims](1, return_indices=True),
+    "an average": lambda dims: nn.AvgPool2d(1),
+    "its name": lambda dims: "max",
+    "a number": lambda dims: 2,
+    "a kernel of 0": lambda dims: _POOLS[dims](0),
+    "a stride of 0": lambda dims: {"kernel_size": 1, "stride": 0},
+    "a negative padding": lambda dims: {"kernel_size": 3, "padding": -1},
+    "padding beyond half the kernel": lambda dims: _POOLS[dims](2, padding=2),
+    "no dilation": lambda dims: {"kernel_size": 2, "dilation": 0},
+    "a float": lambda dims: {"kernel_size": 2.0},
+    "too many numbers": lambda dims: {"kernel_size": (1,) * (dims + 1)},
+    "an unknown keyword": lambda dims: {"kernel_size": 1, "size": 1},
+    "no kernel": lambda dims: {"stride": 1},
+    "a kernel that does not fit": lambda dims: _POOLS[dims](1000),
+    "a dilation that does not fit": lambda dims: {"kernel_size": 2, "dilation": 1000},
+    "windows without an element": lambda dims: {"kernel_size": 2, "stride": 1, "padding": 1, "dilation": 200},
+}
+
 MISTAKES = [
+    *(
+        Mistake("pool", text, lambda a, m=make: m(_spatial_dims(a)), _takes_pools, torch_knows=False)
+        for text, make in _WRONG_POOLS.items()
+    ),
     *(mistake for name in _VECTORS for mistake in _of_tensor(_WRONG_VECTORS, name)),
     *_of_tensor(_WRONG_INPUTS, "input"),
     *_of_tensor(_WRONG_RESIDUALS, "residual", "input", torch_knows=False),
@@ -173,7 +209,7 @@ def _arguments(p: Problem) -> tuple[Arguments, list[Memory]]:
         "input": t.input, "running_mean": t.running_mean, "running_var": t.running_var, "weight": t.weight,
         "bias": t.bias, "training": p.training, "momentum": p.momentum, "eps": p.eps, "residual": t.residual,
         "act": p.act.module(), "drop_p": p.drop_p, "drop_mode": p.drop_mode,
-        "num_batches_tracked": t.num_batches_tracked, "stochastic": p.stochastic,
+        "num_batches_tracked": t.num_batches_tracked, "stochastic": p.stochastic, "pool": None,
     }  # fmt: skip
     return arguments, list(t.memories.values())
 
@@ -198,16 +234,18 @@ def test_mistakes(problem: Problem, mistake: Mistake, backend: str) -> None:
         assert memory.is_untouched(), f"written to before {message}"
     assert count is None or count.item() == before
     if mistake.torch_knows:
-        theirs = _torchs_error(wrong)
+        theirs = _torchs_error(wrong, mistake)
         assert theirs is None or type(ours.value) is type(theirs), f"{ours.value!r} where torch raises {theirs!r}"
     profiles.count("mistakes")
 
 
-def _torchs_error(wrong: Arguments) -> Exception | None:
-    """What torch says; None where it does not mind, or falls over what is no tensor."""
+def _torchs_error(wrong: Arguments, mistake: Mistake) -> Exception | None:
+    """What torch says; None where it does not mind, or falls over what is no tensor or has no channels."""
     arguments = {name: wrong[name] for name in _TORCHS}
-    if wrong["momentum"] is None and not wrong["training"]:
+    if wrong["momentum"] is None and mistake.argument != "momentum":
         arguments["momentum"] = 0.1  # which torch's layers pass where theirs is None
+    if isinstance(wrong["input"], Tensor) and wrong["input"].dim() < 2:
+        return None
     try:
         F.batch_norm(**arguments)
     except AttributeError:
