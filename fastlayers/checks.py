@@ -113,6 +113,14 @@ def tensors(input: Tensor, optional: Vectors, function: str = "batch_norm") -> N
             )
 
 
+def _batch_count(count: Tensor, device: torch.device) -> None:
+    if count.dtype != torch.int64 or count.numel() != 1 or count.device != device:
+        raise RuntimeError(
+            f"num_batches_tracked should be one int64 on {device}, but got shape {tuple(count.shape)} of {count.dtype} "
+            f"on {count.device}"
+        )
+
+
 def running_statistics(
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -131,6 +139,8 @@ def running_statistics(
                 f"The function 'native_batch_norm' is not differentiable with respect to argument '{name}'. "
                 f"This input cannot have requires_grad True. ({name})"
             )
+    if training and running_mean is not None and num_batches_tracked is not None:
+        _batch_count(num_batches_tracked, running_mean.device)
     if training and running_mean is not None and not isinstance(momentum, (int, float)):
         if momentum is None and num_batches_tracked is not None:
             return

@@ -159,6 +159,18 @@ def test_dropouts_that_draw_nothing_take_any_dtype(size: int, p: float, name: st
     assert torch.equal(getattr(fl.functional, name)(x, p), getattr(F, name)(x, p))
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpp", "reference"])
+@pytest.mark.parametrize(
+    "count", [torch.tensor(3.0), torch.tensor([1, 2]), torch.tensor([], dtype=torch.int64)], ids=str
+)
+def test_a_count_that_is_none(count: Tensor, backend: str) -> None:
+    """It was counted up by the reference, and refused by the kernels."""
+    statistics = torch.zeros(3), torch.ones(3)
+    with fl.use_backend(backend), pytest.raises(RuntimeError, match="num_batches_tracked should be one int64"):
+        fl.functional.batch_norm_act(torch.randn(2, 3), *statistics, training=True, num_batches_tracked=count)
+    assert not statistics[0].any()
+
+
 _X = torch.ones(2, 3)
 
 

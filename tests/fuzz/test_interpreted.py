@@ -10,20 +10,20 @@ from hypothesis import given
 
 from tests.fuzz import calls, profiles
 from tests.fuzz.problems import Problem, problems
+from tests.interpreted import every_way
 
-# Skips this module where kernels are not interpreted; its fixtures, for all tests here, choose Triton and put canaries
-# around what kernels are given.
-from tests.test_triton_interpreted import WAYS, _guards, _triton, _use  # noqa: F401
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_triton_kernels(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _use(way, monkeypatch)
-    _check()
+pytestmark = [pytest.mark.usefixtures("triton_kernels"), every_way]
 
 
 @profiles.examples(0.1)
 @given(problems(most=120))
-def _check(problem: Problem) -> None:
+def test_triton_kernels(way: str, problem: Problem) -> None:
     calls.check(problem, gpu=True)
     profiles.count("Triton, interpreted")
+
+
+@profiles.examples(0.05)
+@given(problems(most=120, pooled=True))
+def test_triton_pools(way: str, problem: Problem) -> None:
+    calls.check(problem, gpu=True)
+    profiles.count("Triton with a pool, interpreted")
