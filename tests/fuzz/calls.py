@@ -19,18 +19,25 @@ Operator = Callable[[Tensors], Tensor]
 
 @contextlib.contextmanager
 def as_set(problem: Problem) -> Iterator[None]:
-    """The switches of a problem."""
-    capability, threads = fl.ops.cpu_capability(), torch.get_num_threads()
-    fl.ops.set_cpu_capability(problem.capability)
-    torch.set_num_threads(problem.threads)
-    cache = fl.ops.set_last_level_cache_bytes(0) if problem.past_the_caches else None
-    try:
+    """The switches of a problem, and its surroundings but for modes without gradients, which `judge.run` sees to."""
+    with contextlib.ExitStack() as stack:
+        for switch, value, before in (
+            (fl.ops.set_cpu_capability, problem.capability, fl.ops.cpu_capability()),
+            (torch.set_num_threads, problem.threads, torch.get_num_threads()),
+        ):
+            stack.callback(switch, before)
+            switch(value)
+        if problem.past_the_caches:
+            stack.callback(fl.ops.set_last_level_cache_bytes, fl.ops.set_last_level_cache_bytes(0))
+        if "float64 by default" in problem.surroundings:
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float64)
+        if "filled" in problem.surroundings:
+            stack.callback(torch.use_deterministic_algorithms, False)
+            torch.use_deterministic_algorithms(True)
+        if "autocast" in problem.surroundings:
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         yield
-    finally:
-        fl.ops.set_cpu_capability(capability)
-        torch.set_num_threads(threads)
-        if cache is not None:
-            fl.ops.set_last_level_cache_bytes(cache)
 
 
 def by_function(t: Tensors) -> Tensor:

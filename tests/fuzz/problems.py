@@ -51,6 +51,7 @@ class Problem:
         from_views: whether sources are results of an operation, not leaves.
         seed: of the generator before the call.
         past_the_caches: results are written as those are that the caches cannot hold.
+        surroundings: of SURROUNDINGS, those that the call is made in.
     """
 
     shape: tuple[int, ...] = (4, 5, 6, 7)
@@ -81,6 +82,7 @@ class Problem:
     capability: str = "avx512"
     past_the_caches: bool = False
     threads: int = 1
+    surroundings: frozenset[str] = frozenset()
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -195,6 +197,9 @@ def _mask(p: Problem, input: Tensor, gpu: bool) -> Tensor | None:
     drop = torch.dropout if p.drop_mode == "element" else torch.feature_dropout
     return drop(ones, p.drop_p, True) != 0
 
+
+#: "filled" has torch fill new memory with NaN.
+SURROUNDINGS = ("no_grad", "inference_mode", "autocast", "float64 by default", "filled")
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 129)
 
@@ -314,6 +319,9 @@ def problems(
         capability=draw(st.sampled_from([c for c in CAPABILITIES if available(c)])),
         past_the_caches=draw(st.booleans()),
         threads=draw(st.sampled_from((1, 1, 1, 2, 3))),
+        surroundings=draw(st.frozensets(st.sampled_from(SURROUNDINGS), max_size=2))
+        if draw(st.booleans())
+        else frozenset(),
     )
 
 

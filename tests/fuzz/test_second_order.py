@@ -56,6 +56,7 @@ def _problems(draw: st.DrawFn) -> Problem:
         # One of these at least, or there is nothing to differentiate; and tensors that are one have one gradient.
         wanted=p.wanted or frozenset({"input"}),
         same=frozenset(),
+        surroundings=p.surroundings - {"no_grad", "inference_mode"},
     )
 
 
