@@ -7,6 +7,7 @@ compute; `Activation.apply` is the same function as plain PyTorch.
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -174,6 +175,8 @@ NAMES: tuple[str, ...] = tuple(_KINDS)
 
 IDENTITY, RELU = _DEFAULTS["identity"], _DEFAULTS["relu"]
 
+_NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
+
 ActLayer = str | type[nn.Module] | nn.Module | Activation | None
 
 
@@ -188,7 +191,7 @@ def resolve(act: ActLayer, act_kwargs: Mapping[str, object] | None = None) -> Ac
 
     Raises:
         ValueError: an unknown activation or parameter.
-        TypeError: `act` is of another type, or a module comes with `act_kwargs`.
+        TypeError: `act` is of another type, a module comes with `act_kwargs`, or a parameter is no number.
     """
     if isinstance(act, Activation):
         return act
@@ -221,6 +224,9 @@ def parameters_of(module: type[nn.Module]) -> tuple[str, ...]:
 
 
 def _build(kind: _Kind, kwargs: Mapping[str, object]) -> Activation:
+    for name, value in kwargs.items():
+        if name != "approximate" and not isinstance(value, _NUMBERS):
+            raise TypeError(f"act_kwargs: {name} should be a number, but got {value!r} of type {type(value).__name__}")
     activation = kind.build(**kwargs)
     return replace(activation, kwargs=tuple(kwargs.items())) if kwargs else activation
 

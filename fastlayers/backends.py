@@ -182,12 +182,23 @@ def prefers_torch(input: Tensor, drop_p: float = 0.0) -> bool:
         return False
     if drop_p and not (size <= TINY and 0.0 < drop_p < 1.0 and masks.is_plain(input)):
         return False
+    if input.dim() > 3 and _is_a_line(input):
+        return False
     if input.is_contiguous():
         small = size <= SMALL_PLANES or input.dim() == 2
     else:  # other layouts torch would not keep
         small = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
     # Where channels are adjacent, torch adds up in an order that depends on the number of threads.
     return small and not torch.are_deterministic_algorithms_enabled()
+
+
+def _is_a_line(input: Tensor) -> bool:
+    """Whether images are one element wide or high, which are contiguous and channels_last at once.
+
+    Given a gradient that is one of the two, torch's backward reads it as the other, and gives wrong results.
+    """
+    batch, channels, *spatial = input.shape
+    return 1 in spatial and input.numel() != batch * channels
 
 
 def explain() -> list[Choice]:

@@ -11,6 +11,8 @@ from fastlayers import masks
 from fastlayers.dtypes import SUPPORTED
 from fastlayers.pooling import Pool
 
+Vectors = tuple[tuple[str, Tensor | None], ...]
+
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -41,7 +43,7 @@ def drop_mode(mode: str) -> None:
 
 def dropout_input(input: Tensor) -> None:
     """Raises what torch's dropout raises for an input that it cannot draw for or scale."""
-    if input.dtype in SUPPORTED:
+    if input.dtype in SUPPORTED or input.numel() == 0:
         return
     name = _torch_name(input.dtype)
     allowed = f"input: dtype {input.dtype}; allowed: {_names(SUPPORTED)}"
@@ -62,7 +64,11 @@ def batch_norm_input(input: Tensor, training: bool, eps: float) -> None:
             f"\"batch_norm\" not implemented for '{_torch_name(input.dtype)}' "
             f"(input: layout {input.layout}, dtype {input.dtype}; allowed: torch.strided and {_names(SUPPORTED)})"
         )
+    if not isinstance(eps, float | int | torch.SymFloat):
+        raise TypeError(f"batch_norm(): argument 'eps' must be float, not {type(eps).__name__} (eps: {eps!r})")
     if not training:
+        if eps < 0.0:
+            raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
         return
     positive_eps(eps)
     channels = input.shape[1]
@@ -96,6 +102,25 @@ def num_features(input: Tensor, num_features: int) -> None:
         )
 
 
+def tensors(input: Tensor, optional: Vectors, function: str = "batch_norm") -> None:
+    """Raises what torch raises for an `input` that is no tensor, and for others that are neither that nor None."""
+    for name, value in (("input", input), *((n, v) for n, v in optional if v is not None)):
+        if not isinstance(value, Tensor):
+            allowed = "a tensor" if name == "input" else "a tensor or None"
+            raise TypeError(
+                f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__} "
+                f"({name}: {value!r}; allowed: {allowed})"
+            )
+
+
+def _batch_count(count: Tensor, device: torch.device) -> None:
+    if count.dtype != torch.int64 or count.numel() != 1 or count.device != device:
+        raise RuntimeError(
+            f"num_batches_tracked should be one int64 on {device}, but got shape {tuple(count.shape)} of {count.dtype} "
+            f"on {count.device}"
+        )
+
+
 def running_statistics(
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -114,6 +139,8 @@ def running_statistics(
                 f"The function 'native_batch_norm' is not differentiable with respect to argument '{name}'. "
                 f"This input cannot have requires_grad True. ({name})"
             )
+    if training and running_mean is not None and num_batches_tracked is not None:
+        _batch_count(num_batches_tracked, running_mean.device)
     if training and running_mean is not None and not isinstance(momentum, (int, float)):
         if momentum is None and num_batches_tracked is not None:
             return
@@ -123,7 +150,11 @@ def running_statistics(
         )
 
 
-Vectors = tuple[tuple[str, Tensor | None], ...]
+def _strided(name: str, values: Tensor) -> None:
+    if values.layout != torch.strided:
+        raise NotImplementedError(
+            f'"batch_norm" not implemented for {values.layout} ({name}: layout {values.layout}; allowed: torch.strided)'
+        )
 
 
 def channel_sizes(input: Tensor, vectors: Vectors) -> None:
@@ -132,6 +163,7 @@ def channel_sizes(input: Tensor, vectors: Vectors) -> None:
     for name, values in vectors:
         if values is None:
             continue
+        _strided(name, values)
         if values.dim() != 1 or values.shape[0] != channels:
             rank = f"input: expected at least 2 dimensions (N, C, ...), but got {input.dim()}"
             raise RuntimeError(
@@ -169,6 +201,7 @@ def residual(residual: Tensor | None, input: Tensor) -> None:
     """Raises what adding `residual` to `input` would raise, and where it would broadcast or promote."""
     if residual is None:
         return
+    _strided("residual", residual)
     if residual.device != input.device:
         raise RuntimeError(
             f"Tensor on device {residual.device} is not on the expected device {input.device}! "

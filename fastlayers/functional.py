@@ -24,6 +24,7 @@ from fastlayers import (
 )
 from fastlayers.activations import ActLayer
 from fastlayers.collectives import Status
+from fastlayers.dtypes import SUPPORTED
 from fastlayers.pooling import Pool, PoolLayer
 
 if TYPE_CHECKING:
@@ -84,9 +85,10 @@ def batch_norm_act(
             `pool` without any element, which a dilation beyond the input makes.
     """
     activation = activations.resolve(act, act_kwargs)
-    behind = None if pool is None else pooling.resolve(pool, input.dim() - 2)
     stochastic = training if stochastic is None else stochastic
     vectors = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
+    checks.tensors(input, (*vectors, ("residual", residual), ("num_batches_tracked", num_batches_tracked)))
+    behind = None if pool is None else pooling.resolve(pool, input.dim() - 2)
     checks.running_statistics(running_mean, running_var, num_batches_tracked, training, momentum)
     checks.channel_sizes(input, vectors)
     checks.batch_norm_input(input, training, eps)
@@ -186,8 +188,9 @@ def sync_batch_norm_act(
     """
     try:
         activation = activations.resolve(act, act_kwargs)
-        behind = None if pool is None else pooling.resolve(pool, input.dim() - 2)
         vectors = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
+        checks.tensors(input, (*vectors, ("residual", residual), ("num_batches_tracked", num_batches_tracked)))
+        behind = None if pool is None else pooling.resolve(pool, input.dim() - 2)
         checks.running_statistics(running_mean, running_var, num_batches_tracked, True, momentum)
         checks.sync_batch_norm_shape(input)
         checks.channel_sizes(input, vectors)
@@ -299,9 +302,10 @@ def _dropout(
     mode: str,
     batched: bool = True,
 ) -> Tensor:
+    checks.tensors(input, (), "dropout")
     checks.dropout_probability(p)
-    if inplace:
-        return torch_version(input, p, training, True)
+    if inplace or (p == 1 and input.dtype not in SUPPORTED):  # of which torch makes zeros
+        return torch_version(input, p, training, inplace)
     if not batched:
         return _drop(input.unsqueeze(0), p, mode, training).squeeze(0)
     return _drop(input, p, mode, training)

@@ -40,11 +40,19 @@ def batch_norm_act(
     """
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
+    weight, bias = _contiguous(weight), _contiguous(bias)
+    if not training:
+        running_mean, running_var = _contiguous(running_mean), _contiguous(running_var)
     z = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     z = activation.apply(z if residual is None else z + residual)
     if drop_p:
         z = dropout(z, drop_p, drop_mode)
     return z if pool is None else pool.apply(z)
+
+
+def _contiguous(values: Tensor | None) -> Tensor | None:
+    """`values`, of each channel, as torch's backward takes them to be on a CPU where channels are adjacent."""
+    return values if values is None or values.is_contiguous() else values.contiguous()
 
 
 def dropout(input: Tensor, p: float, mode: str) -> Tensor:
@@ -79,8 +87,12 @@ def tiny_batch_norm_act(
     refuse, with nothing changed: they raise what torch raises, and say more.
     """
     # What torch checks in Python. Nothing is refused after the running statistics were written to.
-    if batch_statistics and (input.numel() <= input.shape[1] or eps <= 0.0):
+    if eps < 0.0 or (batch_statistics and (input.numel() <= input.shape[1] or eps == 0.0)):
         return None
+    # Where channels are adjacent, torch's backward reads other elements than these tensors have if they have strides.
+    for values in (weight, bias, running_mean, running_var):
+        if values is not None and not values.is_contiguous():
+            return None
     if residual is not None and not (
         residual.shape == input.shape and residual.dtype == input.dtype and residual.device == input.device
     ):

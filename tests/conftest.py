@@ -19,6 +19,7 @@ import torch
 
 import fastlayers as fl
 from tests.emulated import Emulation
+from tests.fuzz import profiles
 
 CAPABILITIES = ("avx512", "avx2", "baseline")
 
@@ -38,6 +39,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "capability" in metafunc.fixturenames:
         on_cpu = metafunc.config.getoption("--device") == "cpu"
         metafunc.parametrize("capability", CAPABILITIES if on_cpu else ("",), indirect=True)
+
+
+profiles.register()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how many examples of tests/fuzz were judged."""
+    if profiles.judged:
+        each = ", ".join(f"{name} {count}" for name, count in sorted(profiles.judged.items()))
+        terminalreporter.write_line(f"fuzzed: {profiles.judged.total()} examples ({each})")
 
 
 @pytest.fixture(scope="session")

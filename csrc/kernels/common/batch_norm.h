@@ -36,6 +36,11 @@ struct BasicMoments {
 };
 using Moments = BasicMoments<double>;
 
+// What corrects a sum by less than its rounding: nothing where it is infinite or NaN and would hide the sum's own kind.
+FL_INLINE double correction(double x) {
+  return x - x == 0 ? x : 0;
+}
+
 // A channel's normalisation, weight and bias in the type S that elements are computed in.
 //
 // The mean has more digits than S holds where it is large beside the spread. Subtracting the part that S holds is exact
@@ -51,7 +56,7 @@ struct ChannelAffine {
     mean_rest = mean_ - static_cast<double>(mean);
     if (mean_rest != mean_rest) mean_rest = 0;  // an infinite mean
     scale = static_cast<S>(weight * invstd);
-    shift = static_cast<S>(bias - mean_rest * (weight * invstd));
+    shift = static_cast<S>(bias - correction(mean_rest * (weight * invstd)));
   }
 };
 
@@ -70,25 +75,25 @@ struct GradientSums {
     grad_deviation += other.grad_deviation;
   }
   // The same about the whole mean.
-  FL_INLINE void include_mean_rest(double rest) { grad_deviation -= rest * grad; }
+  FL_INLINE void include_mean_rest(double rest) { grad_deviation -= correction(rest * grad); }
 };
 
-// grad_input = scale * g + by_deviation * (x - mean) + constant, with ChannelAffine's mean. In evaluation mode the
-// statistics are constants, and only the first term is left.
+// grad_input = scale * (g + by_deviation * (x - mean) + constant), with ChannelAffine's mean and scale. In evaluation
+// mode the statistics are constants, and only the first term is left. Without the scale, by_deviation is of the size of
+// 1 / deviation; with it, of that of its square, which float cannot hold for deviations beyond 1e19 and below 1e-19.
 struct InputGradient {
   double by_deviation = 0, constant = 0;
 
   // `sums` are about the whole mean.
-  FL_INLINE static InputGradient training(double scale, double invstd, double mean_rest, double count,
-                                          const GradientSums& sums) {
-    const double share = -scale / count, by_deviation = share * invstd * invstd * sums.grad_deviation;
-    return {by_deviation, share * sums.grad - mean_rest * by_deviation};
+  FL_INLINE static InputGradient training(double invstd, double mean_rest, double count, const GradientSums& sums) {
+    const double by_deviation = invstd * (invstd * sums.grad_deviation) / -count;
+    return {by_deviation, sums.grad / -count - correction(mean_rest * by_deviation)};
   }
 };
 
 template <class V>
 FL_INLINE V input_gradient(V grad, V x, V mean, V scale, V by_deviation, V constant) {
-  return grad * scale + ((x - mean) * by_deviation + constant);
+  return (grad + ((x - mean) * by_deviation + constant)) * scale;
 }
 
 }  // namespace FASTLAYERS_ISA

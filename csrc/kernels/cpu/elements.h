@@ -110,6 +110,15 @@ ChannelAffine<S> channel_affine(const Args& args, std::int64_t c) {
   return {args.mean[c], args.invstd[c], args.weight[c], args.bias[c]};
 }
 
+// Of smaller variances float's squares have lost digits to underflow.
+inline constexpr double kSmallestVariance = 1e-36;
+
+// Whether what `m` has lost to underflow does not matter beside its squares and eps.
+template <class T>
+FL_INLINE bool is_above_underflow(const Moments& m, double eps) {
+  return sizeof(Compute<T>) == sizeof(double) || m.squares + m.count * eps >= m.count * kSmallestVariance;
+}
+
 // Turns the moments of channels [begin, end) into what is kept of them; moments(c) gives those of channel c.
 template <class F>
 void finish_statistics(const ForwardArgs& args, std::int64_t begin, std::int64_t end, F&& moments) {
@@ -142,7 +151,7 @@ InputGradient finish_sums(const BackwardArgs& args, std::int64_t c, GradientSums
   if (args.grad_bias) args.grad_bias[c] = sums.grad;
   if (!args.training) return {};
   const auto count = static_cast<double>(args.geometry.count_per_channel());
-  return InputGradient::training(args.weight[c] * args.invstd[c], args.invstd[c], rest, count, sums);
+  return InputGradient::training(args.invstd[c], rest, count, sums);
 }
 
 // float sums are exact enough over this many additions; then they are carried over to double.

@@ -258,34 +258,36 @@ Moments plane_moments_of_non_finite(const Source& x, std::int64_t channel, Span 
   return sums.moments();
 }
 
-// `m`, what Compute<T> gives, or the same by other means where that is too small for it.
+// `m`, what Compute<T> gives for these elements of the input, or the same by other means where that is too small for
+// it.
 template <class T>
-Moments checked_moments(Moments m, const Source& x, std::int64_t channel, Span span, std::int64_t spatial) {
-  if (std::isfinite(m.squares)) return m;
+Moments checked_moments(Moments m, const ForwardArgs& args, std::int64_t channel, Span span) {
+  const Source& x = args.input;
+  const std::int64_t spatial = args.geometry.spatial;
+  if (std::isfinite(m.squares) && is_above_underflow<T>(m, args.eps)) return m;
   // Squares beyond the range of float, or something that is not finite in x: double tells which.
   if constexpr (sizeof(Compute<T>) < sizeof(double)) m = plane_moments<T, double>(x, channel, span, spatial);
   return std::isfinite(m.squares) ? m : plane_moments_of_non_finite<T>(x, channel, span, spatial);
 }
 
 template <class T>
-Moments plane_moments(const Source& x, std::int64_t channel, Span span, std::int64_t spatial) {
-  return checked_moments<T>(plane_moments<T, Compute<T>>(x, channel, span, spatial), x, channel, span, spatial);
+Moments plane_moments(const ForwardArgs& args, std::int64_t channel, Span span) {
+  const Moments m = plane_moments<T, Compute<T>>(args.input, channel, span, args.geometry.spatial);
+  return checked_moments<T>(m, args, channel, span);
 }
 
 // All of a channel's statistics, from its only span.
 template <class T>
 void statistics_of_channel(const ForwardArgs& args, std::int64_t c, Span whole) {
-  finish_statistics(args, c, c + 1,
-                    [&](std::int64_t) { return plane_moments<T>(args.input, c, whole, args.geometry.spatial); });
+  finish_statistics(args, c, c + 1, [&](std::int64_t) { return plane_moments<T>(args, c, whole); });
 }
 
 template <class T>
 void statistics_of_spans(const ForwardArgs& args, const PlaneSplit& split) {
   const std::int64_t channels = args.geometry.channels;
   Scratch<Moments> parts(channels * split.spans);
-  split.each_span(args.parallel_for, [&](std::int64_t i, std::int64_t c, Span s) {
-    parts[i] = plane_moments<T>(args.input, c, s, args.geometry.spatial);
-  });
+  split.each_span(args.parallel_for,
+                  [&](std::int64_t i, std::int64_t c, Span s) { parts[i] = plane_moments<T>(args, c, s); });
   finish_statistics(args, 0, channels, [&](std::int64_t c) {
     Moments total;
     for (std::int64_t s = 0; s < split.spans; ++s) total.merge(parts[c * split.spans + s]);

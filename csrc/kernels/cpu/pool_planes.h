@@ -110,7 +110,7 @@ class PlanesPoolForward {
       add_planes(worker, n, begin, end, moments, Together<kPlanesTogether>{});
     for (std::int64_t n = together; n < batch; ++n) add_planes(worker, n, begin, end, moments, Together<1>{});
     finish_statistics(args_, begin, end, [&](std::int64_t c) {
-      return checked_moments<T>(moments[c - begin].finish(), args_.input, c, split_.span(0), args_.geometry.spatial);
+      return checked_moments<T>(moments[c - begin].finish(), args_, c, split_.span(0));
     });
   }
 

@@ -126,6 +126,13 @@ struct Columns {
     }
   }
 
+  // Calls f(i) for the columns i of channel c.
+  template <class F>
+  FL_INLINE void each(const Tile& t, std::int64_t c, F&& f) const {
+    const std::int64_t step = adjacent ? 1 : t.channels;
+    for (std::int64_t k = 0, i = first(c); k < positions; ++k, i += step) f(i);
+  }
+
   // The first column of channel c of the tile.
   FL_INLINE std::int64_t first(std::int64_t c) const { return adjacent ? c * positions : c; }
 
@@ -251,6 +258,18 @@ struct TileMoments {
     for (std::int64_t i = 0; i < width; i += kLanes) zero += squares.at(i) - squares.at(i);
     return std::isfinite(sum_of_lanes<double>(zero));
   }
+
+  // Takes over what `other` has of the channels that are not finite here.
+  void replace_non_finite(const TileMoments& other, const Columns& columns, const Tile& t) {
+    for (std::int64_t c = 0; c < t.channels; ++c) {
+      if (columns.sum(t, c, squares, [](auto x) { return x - x; }) == 0) continue;
+      columns.each(t, c, [&](std::int64_t i) {
+        origin.values[i] = other.origin.values[i];
+        mean.values[i] = other.mean.values[i];
+        squares.values[i] = other.squares.values[i];
+      });
+    }
+  }
 };
 
 // Sums of (x - shift) and its square for each column of a tile, in vectors of A: float, or double where float
@@ -364,13 +383,24 @@ TileMoments tile_moments_of_non_finite(const Source& x, const Tile& tile) {
   return total;
 }
 
+// As for the moments of a channel, for all of a tile's.
 template <class T>
-TileMoments tile_moments(const Source& x, const Tile& tile, const Columns& columns) {
+bool is_above_underflow(const TileMoments& m, double eps, const Columns& columns, const Tile& tile) {
+  if (eps >= kSmallestVariance) return true;
+  for (std::int64_t c = 0; c < tile.channels; ++c)
+    if (!is_above_underflow<T>(m.of_channel(columns, tile, c), eps)) return false;
+  return true;
+}
+
+template <class T>
+TileMoments tile_moments(const ForwardArgs& args, const Tile& tile, const Columns& columns) {
+  const Source& x = args.input;
   TileMoments m = tile_moments<T, Compute<T>>(x, tile, columns);
-  if (m.is_finite()) return m;
+  if (m.is_finite() && is_above_underflow<T>(m, args.eps, columns, tile)) return m;
   // Squares beyond the range of float, or something that is not finite in x: double tells which.
   if constexpr (sizeof(Compute<T>) < sizeof(double)) m = tile_moments<T, double>(x, tile, columns);
-  return m.is_finite() ? m : tile_moments_of_non_finite<T>(x, tile);
+  if (!m.is_finite()) m.replace_non_finite(tile_moments_of_non_finite<T>(x, tile), columns, tile);
+  return m;
 }
 
 template <class Args>
@@ -383,7 +413,7 @@ void each_tile(const Args& args, const RowSplit& split, Walk walk, const auto& f
 template <class T>
 void statistics_of_tile(const ForwardArgs& args, const Tile& t) {
   const Columns columns(args.geometry);
-  const TileMoments m = tile_moments<T>(args.input, t, columns);
+  const TileMoments m = tile_moments<T>(args, t, columns);
   finish_statistics(args, t.channel, t.channel + t.channels,
                     [&](std::int64_t c) { return m.of_channel(columns, t, c - t.channel); });
 }
@@ -395,7 +425,7 @@ void statistics_of_tiles(const ForwardArgs& args, const RowSplit& split, F&& mea
   const Columns columns(args.geometry);
   Scratch<Moments> parts(split.tiles * channels);
   each_tile(args, split, Walk::forward, [&](std::int64_t task, const Tile& t) {
-    const TileMoments m = tile_moments<T>(args.input, t, columns);
+    const TileMoments m = tile_moments<T>(args, t, columns);
     Moments* to = parts.data() + task / split.blocks * channels + t.channel;
     for (std::int64_t c = 0; c < t.channels; ++c) to[c] = m.of_channel(columns, t, c);
     meanwhile(t);

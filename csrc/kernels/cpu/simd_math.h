@@ -38,11 +38,12 @@ struct SimdMath<float> : SimdMathBase<float> {
     return scale(scale(r.expm1 + 1.0f, r.exponent >> 1), r.exponent - (r.exponent >> 1));
   }
 
-  // For x <= 88, where 2^exponent is finite.
+  // By halves: 2^exponent itself is infinite already for the largest x whose result is not.
   FL_INLINE static V expm1(V x) {
-    const Reduced r = reduce(clamp(x, -30, 88));
-    const V power = scale(splat(1), r.exponent);
-    return r.expm1 * power + (power - 1.0f);
+    const Reduced r = reduce(clamp(x, -30, 89));
+    const V half = scale(splat(1), r.exponent - 1);
+    const V sum = r.expm1 * half + (half - 0.5f);
+    return sum + sum;
   }
 
   // For 0 <= x <= 1, by log(1 + x) = 2 atanh(x / (2 + x)).

@@ -104,8 +104,8 @@ __device__ __forceinline__ Gradient<S> channel_gradient(const BackwardArgs& args
     write(args.grad_bias, c, about_mean.grad);
   }
   if (!args.training) return gradient;
-  const auto of_input = InputGradient::training(read(args.weight, c, 1) * saved.invstd, saved.invstd,
-                                                gradient.affine.mean_rest, count_per_channel(args), about_mean);
+  const auto of_input =
+      InputGradient::training(saved.invstd, gradient.affine.mean_rest, count_per_channel(args), about_mean);
   gradient.by_deviation = static_cast<S>(of_input.by_deviation);
   gradient.constant = static_cast<S>(of_input.constant);
   return gradient;

@@ -1,0 +1,1 @@
+"""Property tests: hypothesis draws calls of the public functions and layers, `judge` knows what they should give."""

@@ -1,0 +1,390 @@
+"""What a call should give, how far off it may be, and what it may not touch.
+
+The promise is that errors against `fastlayers.reference` in float64 are at most twice those of torch's own layers, plus
+rounding. `Rounding` bounds what rounding is: the units in the last place of all that a careful computation rounds on
+the way to a result, element by element. NaN and infinities come out where torch has them, but for what is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastlayers as fl
+from fastlayers import activations
+from tests.fuzz import pools
+from tests.fuzz.pools import Pool
+from tests.fuzz.problems import Tensors
+from tests.oracle import kinds
+
+Results = dict[str, Tensor]
+
+#: How many roundings of the sizes below are allowed. In float64 the exact results have as many of their own.
+ROUNDINGS = 4
+ROUNDINGS_FLOAT64 = 16
+
+
+def eager(t: Tensors) -> Tensor:
+    """The call by torch's own layers, one after the other; what is dropped is zero even where it was NaN."""
+    p = t.problem
+    momentum = p.momentum
+    if p.training and t.num_batches_tracked is not None:
+        t.num_batches_tracked.add_(1)
+        momentum = 1 / t.num_batches_tracked.item() if momentum is None else momentum
+    weight = t.weight
+    if weight is None and t.bias is not None:  # which torch cannot differentiate twice
+        weight = torch.ones_like(t.bias.detach())
+    z = F.batch_norm(t.input, t.running_mean, t.running_var, weight, t.bias, p.training, momentum or 0.0, p.eps)
+    z = z if t.residual is None else z + t.residual
+    if t.mask is None:
+        y: Tensor = p.act.module()(z)
+    else:
+        # Twice: so that neither a value nor a slope that is NaN comes through.
+        scale = 0.0 if p.drop_p == 1 else 1 / (1 - p.drop_p)
+        y = torch.where(t.mask, p.act.module()(torch.where(t.mask, z, 0)) * scale, 0)
+    return y if p.pool is None else _pooled(y, p.pool, t)
+
+
+def _pooled(y: Tensor, pool: Pool, t: Tensors) -> Tensor:
+    """The elements that exact arithmetic takes; torch's own where there is a NaN or an infinity in the channel.
+
+    Two that rounding makes equal have gradients of their own, and an error of which one it was would excuse all others.
+    """
+    theirs: Tensor = pool.module()(y)
+    if t.taken is None or t.special is None:
+        return theirs
+    return torch.where(fl.reference.per_channel(t.special, theirs), theirs, pools.take(y, t.taken))
+
+
+def exact(t: Tensors) -> Tensor:
+    """The definition, to be run on tensors in float64."""
+    p = t.problem
+    activation = activations.resolve(p.act.module()).in_evaluation()
+    return fl.reference.batch_norm_act_masked(
+        t.input, t.weight, t.bias, t.residual, t.mask, t.running_mean, t.running_var, t.num_batches_tracked,
+        training=p.training, momentum=p.momentum, eps=p.eps, activation=activation, drop_p=p.drop_p,
+        pool=None if p.pool is None else fl.pooling.resolve(p.pool.module(), len(p.shape) - 2),
+    )  # fmt: skip
+
+
+def run(operator: Callable[[Tensors], Tensor], t: Tensors) -> Results:
+    """Output, gradients of all that has one, and the state afterwards."""
+    records = True
+    with contextlib.ExitStack() as stack:
+        for name in ("no_grad", "inference_mode"):
+            if name in t.problem.surroundings:
+                records = False
+                stack.enter_context(getattr(torch, name)())
+        output = operator(t)
+    assert records or not output.requires_grad
+    results = {"output": output.detach()}
+    sources = t.sources()
+    if sources and records:
+        assert output.requires_grad
+        gradients = torch.autograd.grad(output, list(sources.values()), t.grad_output)
+        results |= {f"gradient of {name}": g for name, g in zip(sources, gradients, strict=True)}
+    return results | state(t)
+
+
+def as_one(results: Results, t: Tensors) -> Results:
+    """`results` of separate tensors as they are where two of them are the same tensor, which gets both gradients."""
+    for pair in t.problem.same:
+        names = [f"gradient of {name}" for name in pair]
+        if all(name in results for name in names):
+            results = results | dict.fromkeys(names, results[names[0]] + results[names[1]])
+    return results
+
+
+def state(t: Tensors) -> Results:
+    """Running statistics and count."""
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    return {name: value for name in names if (value := getattr(t, name)) is not None}
+
+
+class Rounding:
+    """Bounds what rounding costs each result of a call: so many units in the last place of all that is rounded.
+
+    Everything is in float64. First what happens on the way forward; `sizes` adds the way back.
+    """
+
+    def __init__(self, t: Tensors, kernels: bool = True) -> None:
+        """`kernels`: whether ours compute, in float32 for 16 bits, or torch's layers, which round in between."""
+        p = self.problem = t.problem
+        self.tensors = t
+        compute = torch.float32 if kernels and p.dtype != torch.float64 else p.dtype
+        self.unit, self.tiny = _unit(compute)
+        x = self.x = _double(t.input)
+        self.dims = [d for d in range(x.dim()) if d != 1]
+        self.count = max(x.numel() // max(x.shape[1], 1), 1)
+        self.mean, self.var = self._statistics()
+        invstd = self.invstd = self._column(torch.rsqrt(self.var + p.eps))
+        mean = self._column(self.mean)
+        weight = torch.ones_like(mean) if t.weight is None else self._column(_double(t.weight))
+        bias = torch.zeros_like(mean) if t.bias is None else self._column(_double(t.bias))
+        residual = torch.zeros_like(x) if t.residual is None else _double(t.residual)
+        self.deviation = _largest((x - mean).abs(), self.dims)
+        if p.dtype == torch.float64:  # the mean is rounded in the dtype of the statistics
+            self.deviation = self.deviation + mean.abs()
+        self.scale = (weight * invstd).abs()
+        self.z = (x - mean) * invstd * weight + bias + residual
+        self.of_z = self.unit * (self.scale * self.deviation + bias.abs() + residual.abs()) + self.tiny * (
+            self.deviation + self.scale + 1
+        )
+        self.near_kink = torch.zeros_like(self.z, dtype=torch.bool)
+        for kink in p.act.kinks:
+            self.near_kink |= (self.z - kink).abs() < 0.02 + 64 * self.of_z
+        scale = 0.0 if p.drop_p == 1 else 1 / (1 - p.drop_p)
+        self.keep = torch.ones_like(x) if t.mask is None else t.mask.double() * scale
+        activation = activations.resolve(p.act.module()).in_evaluation()
+        leaf = self.z.clone().requires_grad_()
+        value = activation.apply(leaf)
+        (self.slope,) = torch.autograd.grad(value, leaf, torch.ones_like(value)) if leaf.numel() else (leaf.detach(),)
+        self.value = value.detach()
+        # Some are steeper than their bound says: those with an exponential that grows.
+        self.steepest = self.slope.abs().clamp_min(p.act.slope)
+        jump = torch.where(self.near_kink, p.act.jump, 0.0)
+        self.of_value = self.steepest * self.of_z + self.unit * p.act.size + jump
+        self.taken, self.unclear = None, self.near_kink
+        if p.pool is not None:
+            self._find_taken(p.pool)
+
+    def _find_taken(self, pool: Pool) -> None:
+        """Which element of each window is taken, and where that is unclear, or its slope."""
+        dropped = torch.where(self.keep == 0, 0, self.value * self.keep)
+        _, self.taken = pool.module(return_indices=True)(dropped)
+        value, x, keep = (pools.take(t, self.taken)[..., None] for t in (dropped, self.x, self.keep))
+        margin = 64 * pool.windows(self.of_value * self.keep.clamp_min(1), 0.0).amax(-1, keepdim=True)
+        # Among equal ones the first is taken by everybody, if they are equal from the start.
+        others = (pool.windows(self.x, math.nan) != x) | (pool.windows(self.keep, 0.0) != keep)
+        close = ~((pool.windows(dropped, -math.inf) - value).abs() > margin)
+        outside = pool.windows(torch.zeros_like(self.x), 1.0) == 1
+        self.unclear = (others & close & ~outside).any(-1) | pools.take(self.near_kink, self.taken)
+
+    def special_channels(self) -> Tensor:
+        """Which channels have something in an argument that is not finite (C,)."""
+        t = self.tensors
+        found = torch.zeros(self.problem.shape[1], dtype=torch.bool)
+        for value in (t.input, t.grad_output, t.residual):
+            if value is not None:
+                found |= _any(~value.detach().isfinite())
+        for value in (t.weight, t.bias, t.running_mean, t.running_var):
+            if value is not None:
+                found |= ~value.detach().isfinite()
+        return found
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        if self.problem.training:
+            return fl.reference.batch_statistics(self.x)
+        assert self.tensors.running_mean is not None
+        assert self.tensors.running_var is not None
+        return _double(self.tensors.running_mean), _double(self.tensors.running_var)
+
+    def _column(self, values: Tensor) -> Tensor:
+        return fl.reference.per_channel(values, self.x)
+
+    def sizes(self) -> Results:
+        """Of each result. `grad_output` is read now."""
+        p, unit, tiny = self.problem, self.unit, self.tiny
+        curvature = (2 * self.slope.abs()).clamp_min(p.act.curvature)
+        of_y = self.keep * self.of_value + tiny
+        dout = _double(self.tensors.grad_output).abs()
+        if p.pool is not None:
+            assert self.taken is not None
+            of_y = p.pool.windows(of_y, 0.0).amax(-1)
+            dout = pools.put(dout, self.taken, self.x)
+        dout = self.keep * dout
+        g = (dout * self.slope).abs()
+        of_g = dout * (unit * self.steepest + curvature * self.of_z) + 2 * unit * g + tiny
+        # Near a kink either slope is right.
+        of_g = of_g + torch.where(self.near_kink, 2 * self.steepest * dout, 0)
+        normal = self.deviation * self.invstd
+        of_weight = (of_g * normal + g * (unit * normal + tiny * self.invstd)).sum(self.dims)
+        of_input = of_g
+        if p.training:
+            of_input = (
+                of_input
+                + self._column(of_g.sum(self.dims) / self.count)
+                + normal * self._column((of_weight + unit * (g * normal).sum(self.dims)) / self.count)
+            )
+        return self._of_statistics() | {
+            "output": of_y,
+            "gradient of input": self.scale * of_input + tiny * (g + self.deviation + 1),
+            "gradient of residual": of_g,
+            "gradient of weight": of_weight,
+            "gradient of bias": of_g.sum(self.dims),
+        }
+
+    def _of_statistics(self) -> Results:
+        t, p = self.tensors, self.problem
+        if not p.training or t.running_mean is None or t.running_var is None:
+            return {}
+        factor = abs(1.0 if p.momentum is None else p.momentum)
+        before = _unit(p.param_dtype)[0] * (1 + factor)
+        unbiased = self.var * (self.count / max(self.count - 1, 1))
+        # In float64 the definition's own mean is as inexact.
+        inexact = (self.unit * self.mean).square() if p.dtype == torch.float64 else 0
+        return {
+            "running_mean": factor * self.unit * self.x.abs().mean(self.dims) + before * _double(t.running_mean).abs(),
+            "running_var": factor * (self.unit * unbiased + inexact) + before * _double(t.running_var).abs(),
+        }
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.detach().double()
+
+
+def _largest(t: Tensor, dims: list[int]) -> Tensor:
+    return t.amax(dims, keepdim=True) if t.numel() else t.sum(dims, keepdim=True)
+
+
+def _unit(dtype: torch.dtype) -> tuple[float, float]:
+    """Units in the last place of 1 and of the smallest subnormal."""
+    info = torch.finfo(dtype)
+    return info.eps, info.eps * info.smallest_normal
+
+
+def _of(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rounding `t` to `dtype` costs."""
+    unit, tiny = _unit(dtype)
+    return unit * t.abs() + tiny
+
+
+class Judge:
+    """Compares the results of a call with the exact ones and with torch's."""
+
+    def __init__(self, rounding: Rounding, expected: Results, theirs: Results) -> None:
+        self.tensors = rounding.tensors
+        self.expected, self.theirs, self.sizes = (as_one(r, self.tensors) for r in (expected, theirs, rounding.sizes()))
+        self.special, self.undefined = rounding.special_channels(), _undefined_slopes(rounding)
+        self.overflows = _overflows(rounding)
+
+    def compare(self, got: Results) -> None:
+        """Raises AssertionError with the first element that is wrong."""
+        assert got.keys() == self.expected.keys() == self.theirs.keys(), (got.keys(), self.expected.keys())
+        for name, result in got.items():
+            theirs = self.theirs[name]
+            assert result.dtype == theirs.dtype, f"{name}: {result.dtype} where torch has {theirs.dtype}"
+            assert result.shape == theirs.shape, f"{name}: {result.shape} where torch has {theirs.shape}"
+            if name not in self.sizes:
+                assert _same(result, theirs), f"{name}: {result} where torch has {theirs}"
+            elif result.numel():
+                self._compare(name, result)
+
+    def _compare(self, name: str, got: Tensor) -> None:
+        """One result: see the top of this file.
+
+        Values near the dtype's largest are infinite for some and not for others.
+        """
+        right, theirs, size = self.expected[name], self.theirs[name], self.sizes[name]
+        allowed = self._allowed(right, theirs, size)
+        error = (got.double() - right).abs()
+        as_torch, as_defined = kinds(got) == kinds(theirs), kinds(got) == kinds(right.to(got.dtype))
+        unsure = ~allowed.isfinite() | (right.abs() + allowed >= torch.finfo(got.dtype).max / 4)
+        fine = (error <= allowed) & as_defined | unsure & (as_torch | as_defined)
+        # With something infinite or NaN in a channel, what is not finite in torch is not in ours.
+        neither = ~got.isfinite() & ~theirs.isfinite()
+        fine |= neither & (self._per_element(self.special, got) & as_torch | self._per_element(self.overflows, got))
+        if name.startswith("gradient"):
+            fine |= self._per_element(self.undefined, got)
+        if not fine.all():
+            index = tuple((~fine).nonzero()[0].tolist())
+            raise AssertionError(
+                f"{name}{list(index)}: {got[index].item()!r}, exact {right[index].item()!r}, torch "
+                f"{theirs[index].item()!r}; error {error[index].item():.3g} where {allowed[index].item():.3g} is "
+                f"allowed (rounding {size[index].item():.3g}); {(~fine).sum().item()} of {got.numel()} are wrong"
+            )
+
+    def _allowed(self, right: Tensor, theirs: Tensor, size: Tensor) -> Tensor:
+        """Twice torch's error in the channel, and rounding."""
+        roundings = ROUNDINGS_FLOAT64 if self.tensors.problem.dtype == torch.float64 else ROUNDINGS
+        error = (theirs.double() - right).abs()
+        error = torch.where(error.isfinite(), error, 0)
+        if right.dim() > 1:
+            error = error.amax([d for d in range(right.dim()) if d != 1], keepdim=True)
+        return 2 * error + roundings * size + 2 * _of(right, theirs.dtype)
+
+    @staticmethod
+    def _per_element(channels: Tensor, of: Tensor) -> Tensor:
+        return fl.reference.per_channel(channels, of) if of.dim() > 1 else channels
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(torch.nan_to_num(a, nan=-77), torch.nan_to_num(b, nan=-77))
+
+
+def _any(t: Tensor) -> Tensor:
+    """Per channel, whether it is so anywhere (C,)."""
+    return t.transpose(0, 1).flatten(1).any(1)
+
+
+def _overflows(rounding: Rounding) -> Tensor:
+    """Which channels overflow on the way, in the dtype of the kernels: in their scale, or in their sums (C,)."""
+    t = rounding.tensors
+    largest = torch.finfo(torch.float64 if t.problem.dtype == torch.float64 else torch.float32).max
+    found = ~(rounding.scale.flatten() < largest / 4)
+    if t.input.numel():
+        largest_gradient = t.grad_output.double().transpose(0, 1).flatten(1).abs().amax(1)
+        found |= ~(rounding.deviation.flatten() * largest_gradient < largest / 1e6)
+    return found
+
+
+#: Whose slope at NaN is one number or another in torch, by the length of the tensor, and whose slope at infinities is
+#: NaN in torch and the limit here.
+_UNDEFINED_AT_NAN = ("ReLU6", "ELU", "SELU", "CELU", "Hardswish")
+_UNDEFINED_AT_INFINITY = ("Mish", "GELU")
+#: Beyond which torch's formulas overflow on the way.
+_CUBES_OVERFLOW = 1e12
+
+
+def _undefined_slopes(rounding: Rounding) -> Tensor:
+    """Which channels have a gradient that depends on such slopes (C,)."""
+    p, z = rounding.problem, rounding.z
+    found = torch.zeros(p.shape[1], dtype=torch.bool)
+    if p.act.name in _UNDEFINED_AT_NAN:
+        found |= _any(z.isnan())
+    if p.act.name in _UNDEFINED_AT_INFINITY:
+        theirs = rounding.of_z + rounding.unit * rounding.scale * rounding._column(rounding.mean.abs())
+        limit = min(_CUBES_OVERFLOW, torch.finfo(p.dtype).max / 4)
+        found |= _any((z.abs() > limit) | (64 * theirs > limit))
+    return found
+
+
+def assert_nothing_else_changed(t: Tensors) -> None:
+    """No argument was written to but the running statistics, and nothing around them."""
+    writes = ("running_mean", "running_var") if t.problem.training else ()
+    for name, memory in t.memories.items():
+        assert memory.is_untouched_around() if name in writes else memory.is_untouched(), f"{name} was written to"
+
+
+def assert_own_memory(results: Results, t: Tensors) -> None:
+    """No result shares memory with an argument or another result."""
+    owners = {m.storage.untyped_storage().data_ptr(): name for name, m in t.memories.items() if m.storage.numel()}
+    for name, result in results.items():
+        if name in ("running_mean", "running_var", "num_batches_tracked") or result.numel() == 0:
+            continue
+        pointer = result.untyped_storage().data_ptr()
+        if any(
+            name == f"gradient of {one}" and f"gradient of {other}" in owners.values() for one, other in t.problem.same
+        ):
+            continue  # of one tensor there is one gradient
+        assert pointer not in owners, f"{name} shares memory with {owners.get(pointer)}"
+        owners[pointer] = name
+
+
+def has_right_layout(output: Tensor, input: Tensor, pooled: bool) -> bool:
+    """Whether `output` lies in memory as ``empty_like(input)`` would; strides of single elements do not matter.
+
+    If it is `pooled`: whether its channels are adjacent where they would be there, and it is else contiguous.
+    """
+    expected = torch.empty_like(input)
+    if pooled:
+        batch, channels, *sizes = output.shape
+        rows = math.prod(input.shape[2:]) == 1 or (channels > 1 and expected.stride(1) == 1)
+        expected = output.new_empty(batch, *sizes, channels).movedim(-1, 1) if rows else output.new_empty(output.shape)
+    strides = zip(output.stride(), expected.stride(), output.shape, strict=True)
+    return output.numel() == 0 or all(a == b or size == 1 for a, b, size in strides)
