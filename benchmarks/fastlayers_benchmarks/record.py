@@ -212,7 +212,9 @@ def merged(records: Sequence[Record]) -> Record:
         dataclasses.replace(setting, rows=[row for record in records for row in record.settings[i].rows])
         for i, setting in enumerate(first.settings)
     ]
-    options = first.options | {"only": "; ".join(dict.fromkeys(str(record.options.get("only", "")) for record in records))}
+    options = first.options | {
+        "only": "; ".join(dict.fromkeys(str(record.options.get("only", "")) for record in records))
+    }
     return dataclasses.replace(first, options=options, settings=settings)
 
 

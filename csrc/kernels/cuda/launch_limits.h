@@ -20,8 +20,8 @@ inline constexpr int kRowThreads = 128;
 constexpr int row_blocks(std::size_t element_bytes) {
   return element_bytes == 8 ? 2 : 3;
 }
-// Blocks of the pooling kernels of planes that a processor shall hold: of those that keep planes, and of those that keep
-// none, which are smaller. double needs twice as many registers.
+// Blocks of the pooling kernels of planes that a processor shall hold: of those that keep planes, and of those that
+// keep none, which are smaller. double needs twice as many registers.
 constexpr int pool_blocks_on_chip(std::size_t element_bytes) {
   return element_bytes == 8 ? 1 : 2;
 }
@@ -29,7 +29,7 @@ constexpr int pool_blocks(std::size_t element_bytes) {
   return element_bytes == 8 ? 2 : 4;
 }
 inline constexpr int kPoolThreads = 256;  // of these
-inline constexpr int kStripRows = 4;  // windows below each other that a thread pools, at most
+inline constexpr int kStripRows = 4;      // windows below each other that a thread pools, at most
 inline constexpr int kMaxRowsPerRun = kGroup;
 inline constexpr int kFinishedChannels = 2;  // that a block of them sums up at a time
 inline constexpr int kWarp = 32;
