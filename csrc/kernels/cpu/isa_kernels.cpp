@@ -7,8 +7,8 @@ namespace fastlayers {
 inline namespace FASTLAYERS_ISA {
 
 // For isa_pool.cpp too.
-template Moments plane_moments<FASTLAYERS_STORAGE>(const Source&, std::int64_t, Span, std::int64_t);
-template TileMoments tile_moments<FASTLAYERS_STORAGE>(const Source&, const Tile&, const Columns&);
+template Moments plane_moments<FASTLAYERS_STORAGE>(const ForwardArgs&, std::int64_t, Span);
+template TileMoments tile_moments<FASTLAYERS_STORAGE>(const ForwardArgs&, const Tile&, const Columns&);
 
 namespace {
 
