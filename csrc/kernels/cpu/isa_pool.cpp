@@ -16,10 +16,10 @@ void pool_backward(const PoolBackwardArgs& args) {
 }
 
 // The statistics are isa_kernels.cpp's.
-#define FASTLAYERS_POOL(T)                                                                   \
-  extern template Moments plane_moments<T>(const ForwardArgs&, std::int64_t, Span); \
-  extern template TileMoments tile_moments<T>(const ForwardArgs&, const Tile&, const Columns&);   \
-  template void pool_forward<T>(const PoolForwardArgs&);                                     \
+#define FASTLAYERS_POOL(T)                                                                      \
+  extern template Moments plane_moments<T>(const ForwardArgs&, std::int64_t, Span);             \
+  extern template TileMoments tile_moments<T>(const ForwardArgs&, const Tile&, const Columns&); \
+  template void pool_forward<T>(const PoolForwardArgs&);                                        \
   template void pool_backward<T>(const PoolBackwardArgs&);
 #if FASTLAYERS_COMPUTES_IN_DOUBLE
 FASTLAYERS_POOL(f64)
