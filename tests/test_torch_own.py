@@ -270,7 +270,7 @@ def _pooled(x: Tensor, arguments: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", POOLS)
 def test_max_pool_samples(name: str, dtype: torch.dtype) -> None:
-    """Of batches: the same values, exactly, and gradients, but that torch may round 16 bits between windows that overlap."""
+    """Of batches: the same values, exactly, and gradients, but that torch may round 16 bits where windows overlap."""
     theirs, compared = POOLS[name], 0
     dims = int(name[-2])
     for info in _operators()[name]:
