@@ -189,7 +189,8 @@ POOL_LAYERS = [
     _PoolLayer(SQUARE, (128, 64, 28, 28), f32, False, "relu", True),
     _PoolLayer(SQUARE, (128, 64, 28, 28), bf16, True, "relu", True),
     _PoolLayer(OVERLAPPING, (100, 256, 64, 64), f32, False, "gelu", True),
-    _PoolLayer(OVERLAPPING, (100, 256, 64, 64), bf16, False, "relu", False, training=False),
+    # 24 by 24 windows: planes of 22 by 22 begin in the middle of 16 bytes.
+    _PoolLayer(OVERLAPPING, (100, 256, 72, 72), bf16, False, "relu", False, training=False),
     _PoolLayer(OVERLAPPING, (100, 256, 32, 32), f32, True, "relu", True),
     _PoolLayer(OVERLAPPING, (100, 256, 32, 32), f16, True, "silu", True),
     _PoolLayer(OVERLAPPING, (100, 64, 64, 64), f64, False, "relu"),
