@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_tracing
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fastlayers import masks, ops
 
@@ -164,6 +163,9 @@ def observer() -> str | None:
 
 def _is_known_to_be_tiny(input: Tensor) -> bool:
     """Without a guard on sizes that are dynamic: no batch compiles anew for this."""
+    # Brings the compiler and SymPy along, which take as long to import as all else; here they are there already.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     return statically_known_true(input.numel() <= TINY)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import re
-import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -32,36 +33,54 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def live_tensors() -> int:
-    """Tensors that Python holds, after a collection of garbage."""
-    gc.collect()
-    return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Tensors, threads and open files of this process, each by its identity.
 
+    Not counted: in a process in which other tests ran, what they left goes at any time, and would hide what is new.
+    """
 
-class Held(NamedTuple):
-    """Tensors, Python's threads, the system's threads and open files of this process."""
-
-    tensors: int
-    python_threads: int
-    threads: int
-    files: int
+    tensors: tuple[weakref.ref[torch.Tensor], ...]
+    threads: frozenset[str]
+    files: frozenset[tuple[str, str]]
 
     @classmethod
     def now(cls) -> Held:
         """What is held after a collection of garbage."""
-        threads, files = (len(os.listdir(_PROC / name)) for name in ("task", "fd"))
-        return cls(live_tensors(), threading.active_count(), threads, files)
+        gc.collect()
+        tensors = tuple(weakref.ref(found) for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
+        return cls(tensors, frozenset(os.listdir(_PROC / "task")), frozenset(_open_files()))
+
+    def beyond(self, before: Held) -> dict[str, int]:
+        """How many tensors, threads and files are held here that were not then; only those of which there are any."""
+        known = {id(reference()) for reference in before.tensors}
+        more = {
+            "tensors": sum(id(reference()) not in known for reference in self.tensors if reference() is not None),
+            "threads": len(self.threads - before.threads),
+            "files": len(self.files - before.files),
+        }
+        return {name: count for name, count in more.items() if count}
 
 
-def growth(step: Callable[[], object], steps: int) -> tuple[int, Held, Held]:
-    """Bytes by which `steps` steps let the process grow, and what it held before and after them.
+def _open_files() -> Iterator[tuple[str, str]]:
+    for number in os.listdir(_PROC / "fd"):
+        with suppress(FileNotFoundError):  # the one by which they are listed
+            yield number, os.readlink(_PROC / "fd" / number)
 
-    A tenth as many go first: caches, pools of threads and the allocator's arenas are filled once.
+
+def growth(step: Callable[[], object], steps: int) -> tuple[int, dict[str, int]]:
+    """Bytes by which `steps` steps let the process grow, and what it holds after them that it did not before.
+
+    A tenth as many go first: caches, pools of threads and the allocator's arenas are filled once. Memory is measured
+    between the two looks at what is held, since these take memory: a list of all objects, of some MiB where other tests
+    ran before.
     """
     for _ in range(max(1, steps // 10)):
         step()
-    before, resident = Held.now(), resident_bytes()
+    before = Held.now()
+    resident = resident_bytes()
     for _ in range(steps):
         step()
-    after = Held.now()
-    return resident_bytes() - resident, before, after
+    gc.collect()
+    grown = resident_bytes() - resident
+    return grown, Held.now().beyond(before)

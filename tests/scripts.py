@@ -22,6 +22,7 @@ def start(script: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     path.write_text(textwrap.dedent(script))
     return subprocess.Popen(
         [sys.executable, str(path), *arguments],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -37,9 +38,18 @@ def output_of(
     process = start(script, folder, *arguments)
     try:
         if meanwhile is not None:
-            meanwhile(process)
+            _do(meanwhile, process)
         printed, errors = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 0, f"exit status {process.returncode}\n{printed}\n{errors}"
     return printed
+
+
+def _do(meanwhile: Callable[[subprocess.Popen[str]], object], process: subprocess.Popen[str]) -> None:
+    try:
+        meanwhile(process)
+    except Exception as error:  # of a script that ended, say
+        process.kill()
+        error.add_note(process.communicate()[1])
+        raise

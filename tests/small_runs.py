@@ -25,3 +25,9 @@ def curve(result: Result | None) -> list[tuple[float | None, ...]]:
     """Everything that the epochs measured, but for the time they took."""
     assert result is not None
     return [(e.lr, e.train_loss, e.train_accuracy, e.val_loss, e.val_accuracy) for e in result.history]
+
+
+def found(result: Result | None) -> tuple[object, ...]:
+    """Everything that a run found, but for the time it took."""
+    assert result is not None
+    return curve(result), result.scored_epoch, result.test_loss, result.test_accuracy

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import fastlayers
+from tests import scripts
 
 PACKAGE = Path(fastlayers.__file__).parent
 
@@ -65,3 +66,11 @@ def test_a_unit_imports_only_what_is_below_it(unit: str) -> None:
 def test_reading_the_imports_sees_them() -> None:
     assert "functional" in set(imported(PACKAGE / "modules" / "batch_norm.py"))
     assert "masks" in set(imported(PACKAGE / "functional.py"))
+
+
+def test_import_brings_no_compiler(tmp_path: Path) -> None:
+    """torch.compile and what it needs, SymPy among it, take as long to import as all of torch."""
+    script = "import sys, torch; before = set(sys.modules); import fastlayers; print(*(set(sys.modules) - before))"
+    brought = scripts.output_of(script, tmp_path).split()
+    assert "fastlayers.functional" in brought
+    assert not {"torch._dynamo", "torch.export", "sympy"} & set(brought)

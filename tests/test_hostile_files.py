@@ -61,14 +61,17 @@ class Payload:
 def good_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The last one of a run that was stopped."""
     out = tmp_path_factory.mktemp("good")
+    start = Classifier.on_train_epoch_start
+
+    def stop(self: Classifier) -> None:
+        start(self)
+        if self.current_epoch == 2:
+            raise RuntimeError("power cut")
+
     with pytest.MonkeyPatch.context() as patched:
-
-        def stop(self: Classifier) -> None:
-            if self.current_epoch == 2:
-                raise RuntimeError("power cut")
-
         patched.setattr(Classifier, "on_train_epoch_start", stop)
-        list(sweep.in_turn([small()], runner.Machine(out=out, progress=False), lambda _: None))
+        (finished,) = sweep.in_turn([small()], runner.Machine(out=out, progress=False), lambda _: None)
+    assert finished.reason == "RuntimeError: power cut"
     return (Store(out).folder(small()) / "last.ckpt").read_bytes()
 
 

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._dynamo import eval_frame
 from torch.fx import _symbolic_trace as fx_trace
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -120,6 +121,16 @@ _SILENT_CALLS: dict[Any, str] = {
 }
 
 
+def _not_compiled(function: Callable[..., Any]) -> None:
+    """Has torch.compile leave the function to Python, and look at what it calls.
+
+    It cannot know which thread it compiles for, and what it compiled would hold no longer than one module is traced.
+    """
+    action = eval_frame._FrameAction
+    strategy = eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT)
+    eval_frame.set_code_exec_strategy(function.__code__, strategy)
+
+
 class _Here:
     """True in the thread that made it until `thread` is set to None, False in others."""
 
@@ -127,7 +138,10 @@ class _Here:
         self.thread: int | None = threading.get_ident()
 
     def __bool__(self) -> bool:
-        return self.thread == threading.get_ident()
+        return self.thread is not None and self.thread == threading.get_ident()
+
+
+_not_compiled(_Here.__bool__)
 
 
 Methods = Mapping[str, Callable[..., Any]]
@@ -155,6 +169,7 @@ def _where(here: _Here, hook: Callable[..., Any], otherwise: Callable[..., Any])
     def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return (hook if here else otherwise)(module, *args, **kwargs)
 
+    _not_compiled(method)
     return method
 
 
@@ -175,6 +190,7 @@ def _no_functions_of_autograd(watch: _Watch, here: _Here) -> Iterator[None]:
             watch.refuse("calls an autograd.Function")
         return before.__get__(None, cls)(*args, **kwargs)
 
+    _not_compiled(apply)
     try:
         setattr(function, "apply", classmethod(apply))  # noqa: B010
         yield

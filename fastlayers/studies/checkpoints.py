@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -56,10 +57,9 @@ class RunCheckpoints(CheckpointIO):
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
             self._check(checkpoint)
         except Exception as error:  # a file may be wrong in any way
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+            reason = f"{type(error).__name__}: {_reason(Path(path), error)}"
             raise CheckpointError(
-                f"{path} is no checkpoint of this run ({type(error).__name__}: {reason}); remove it, and the run "
-                "starts from the beginning"
+                f"{path} is no checkpoint of this run ({reason}); remove it, and the run starts from the beginning"
             ) from error
         found: dict[str, Any] = checkpoint
         return found
@@ -79,6 +79,23 @@ class RunCheckpoints(CheckpointIO):
         job = Job.model_validate_json(checkpoint[_JOB])
         if job != self.job:
             raise ValueError(f"it is of another run, {job.folder}")
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """What is wrong with a file, in a line."""
+    if isinstance(error, pickle.UnpicklingError):
+        # torch's own text recommends to read the file without weights_only, which runs what is in it.
+        return ": ".join(["it holds more than tensors and plain values", *_named_by_pickle(path)])
+    return next(iter(str(error).strip().splitlines()), "no reason given")
+
+
+def _named_by_pickle(path: Path) -> list[str]:
+    """The first function or class in a file that torch.load refuses, where there is one. Nothing is run."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a file may be wrong in any way
+        return []
+    return [f"{name!r:.80}" for name in sorted(names)[:1]]
 
 
 def _check_archive(path: Path) -> None:

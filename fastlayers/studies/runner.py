@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import signal
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader
 import fastlayers as fl
 from fastlayers import data, models
 from fastlayers.data.augmentation import Augmentation, Augmenter
+from fastlayers.fusion.interrupts import uninterrupted
 from fastlayers.studies.checkpoints import RunCheckpoints
 from fastlayers.studies.classifier import Batch, Classifier
 from fastlayers.studies.config import Network, Training
@@ -159,9 +159,10 @@ def _train(job: Job, machine: Machine, folder: Path) -> Result | None:
     with _quiet():
         torch.manual_seed(job.seed)
         classifier = _classifier(job, images, module.evaluated)
-        trainer = _trainer(job, machine, folder)
+        interruptible = _Interruptible()
+        trainer = _trainer(job, machine, folder, interruptible)
         last = folder / f"{LAST}.ckpt"
-        with _interruptible(trainer):
+        with interruptible.during(trainer):
             trainer.fit(classifier, datamodule=module, ckpt_path=last if last.is_file() else None, weights_only=True)
             best = folder / f"{BEST}.ckpt"
             scored = best if best.is_file() else last
@@ -172,17 +173,38 @@ def _train(job: Job, machine: Machine, folder: Path) -> Result | None:
     return _result(job, machine, module, classifier, scores) if trainer.is_global_zero else None
 
 
-@contextmanager
-def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
-    """Has Ctrl-C raise KeyboardInterrupt, and again the next time: Lightning exits, and ignores Ctrl-C from then on."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        if not trainer.interrupted:
-            raise
-        signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from None
+class _Interruptible(Callback):
+    """Has Ctrl-C be KeyboardInterrupt, at the end of a batch, and again the next time.
+
+    In the middle of a batch it may break the loggers off: TensorBoard's thread, and who waits for it, then wait for
+    ever. Lightning makes SystemExit of it, and ignores Ctrl-C from then on.
+    """
+
+    def __init__(self) -> None:
+        self._take_effect: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def during(self, trainer: pl.Trainer) -> Iterator[None]:
+        """While `trainer` is at work in the block. A second Ctrl-C takes effect at once."""
+        try:
+            with uninterrupted() as self._take_effect:
+                yield
+        except SystemExit:
+            if not trainer.interrupted:
+                raise
+            raise KeyboardInterrupt from None
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """After a step."""
+        self._take_effect()
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        """After a batch that is evaluated."""
+        self._take_effect()
+
+    def on_test_batch_end(self, *args: Any) -> None:
+        """After a batch that is evaluated."""
+        self._take_effect()
 
 
 def load(training: Training, machine: Machine) -> data.DataSet:
@@ -212,7 +234,7 @@ def network(network: Network, channels: int, size: int, layers: Layers) -> nn.Mo
     return models.build(network.name, layers=layers, num_classes=CLASSES, **arguments, **network.arguments)
 
 
-def _trainer(job: Job, machine: Machine, folder: Path) -> pl.Trainer:
+def _trainer(job: Job, machine: Machine, folder: Path, interruptible: _Interruptible) -> pl.Trainer:
     training = job.training
     several = machine.processes > 1
     trainer = pl.Trainer(
@@ -227,7 +249,7 @@ def _trainer(job: Job, machine: Machine, folder: Path) -> pl.Trainer:
         # The CSV files are numbered: a resumed training starts another, and the first is kept.
         logger=[CSVLogger(folder, name="csv"), TensorBoardLogger(folder, name="tensorboard", version="")],
         log_every_n_steps=1,
-        callbacks=_callbacks(training, machine, folder),
+        callbacks=[*_callbacks(training, machine, folder), interruptible],
         plugins=[RunCheckpoints(job, folder)],
         use_distributed_sampler=False,
         enable_progress_bar=machine.progress,
@@ -241,11 +263,12 @@ def _trainer(job: Job, machine: Machine, folder: Path) -> pl.Trainer:
 
 
 def _callbacks(training: Training, machine: Machine, folder: Path) -> list[Callback]:
-    last = ModelCheckpoint(folder, LAST, save_on_train_epoch_end=True, enable_version_counter=False)
-    callbacks: list[Callback] = [last]
+    callbacks: list[Callback] = []
     monitored = "val_accuracy" if training.validation_share else "test_accuracy"
     if training.validation_share:
         callbacks.append(ModelCheckpoint(folder, BEST, monitor=monitored, mode="max", enable_version_counter=False))
+    # After the best one, whose accuracy is a part of it: who goes on from it knows what is to be beaten.
+    callbacks.append(ModelCheckpoint(folder, LAST, save_on_train_epoch_end=True, enable_version_counter=False))
     if training.patience is not None:
         callbacks.append(EarlyStopping(monitored, mode="max", patience=training.patience))
     if training.record_landscape:
