@@ -14,12 +14,13 @@ from torch import Tensor
 
 from fastlayers import backends, masks, reference
 from fastlayers.activations import IDENTITY, Activation
+from fastlayers.pooling import Pool
 
 _Grads = tuple[Tensor | None, ...]
 _FourTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What of a call is not a tensor."""
 
     training: bool
@@ -28,6 +29,7 @@ class _Call(NamedTuple):
     activation: Activation
     drop_p: float
     backend: str  # backward's too, whatever is set by then: what forward saves has a format of its own
+    pool: Pool | None = None  # for `pooled`
 
 
 class _Saved(NamedTuple):
@@ -52,16 +54,9 @@ def batch_norm_act(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
-    *,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: Activation,
-    drop_p: float,
-    backend: str,
+    call: Call,
 ) -> Tensor:
-    """The fused operator, by the kernels of `backend`. `mask` is drawn for them, by `masks`."""
-    call = _Call(training, momentum, eps, activation, drop_p, backend)
+    """The fused operator. `mask` is drawn for the kernels of ``call.backend``, by `masks`."""
     tensors = (input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4]):
         output: Tensor = _BatchNormAct.apply(*tensors, call)
@@ -87,13 +82,10 @@ class _BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> _Grads:
-        wanted = ctx.needs_input_grad[:4]
-        run = _BatchNormActBackward.apply if torch.is_grad_enabled() else _backward
-        grads = run(grad_outputs[0], *ctx.saved_tensors, ctx.call, wanted)
-        return (*[g if want else None for g, want in zip(grads, wanted, strict=True)], *(None,) * 5)
+        return run_backward(ctx, grad_outputs[0], _backward, _differentiable_gradients, 4)
 
 
-def _forward(tensors: Any, call: _Call, save_flat_bits: bool) -> _FourTensors:
+def _forward(tensors: Any, call: Call, save_flat_bits: bool) -> _FourTensors:
     if call.training:
         mark_written(tensors[5:])
     result: _FourTensors = backends.op_set(call.backend).batch_norm_act_fwd(
@@ -111,61 +103,64 @@ def mark_written(tensors: Sequence[Tensor | None]) -> None:
             torch.autograd.graph.increment_version(written)
 
 
-def _backward(grad_output: Tensor, *args: Any) -> _FourTensors:
-    *saved, call, wanted = args
+def _backward(saved: Sequence[Any], call: Call, wanted: Sequence[bool]) -> _FourTensors:
     result: _FourTensors = backends.op_set(call.backend).batch_norm_act_bwd(
-        grad_output, *saved, call.training, call.activation.code, call.activation.params, masks.scale(call.drop_p),
+        *saved, call.training, call.activation.code, call.activation.params, masks.scale(call.drop_p),
         wanted[0], wanted[1] or wanted[2], wanted[3],
     )  # fmt: skip
     return result
 
 
-class _BatchNormActBackward(torch.autograd.Function):
+def run_backward(
+    ctx: Any,
+    grad_output: Tensor,
+    kernel: Callable[[Sequence[Any], Call, Sequence[bool]], tuple[Tensor, ...]],
+    graph: Callable[[Sequence[Any], Call], _Grads],
+    count: int,
+) -> _Grads:
+    """Backward of a Function of tensors and, behind them, a `Call`, which forward left in ``ctx.call``.
+
+    Args:
+        ctx: of the Function.
+        grad_output: the gradient that came in.
+        kernel: finds the gradients, of that and what forward saved.
+        graph: the same as plain PyTorch, to differentiate again; None for what needs no gradient.
+        count: how many of the Function's arguments, from the first, have gradients.
+    """
+    wanted, saved = ctx.needs_input_grad[:count], (grad_output, *ctx.saved_tensors)
+    if torch.is_grad_enabled():
+        grads = _DifferentiableBackward.apply(kernel, graph, ctx.call, wanted, *saved)
+    else:
+        grads = kernel(saved, ctx.call, wanted)
+    nothing = (None,) * (len(ctx.needs_input_grad) - count)
+    return (*[g if want else None for g, want in zip(grads, wanted, strict=True)], *nothing)
+
+
+class _DifferentiableBackward(torch.autograd.Function):
     """First-order gradients that can be differentiated again, any number of times."""
 
     @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, *args: Any) -> _FourTensors:
-        *saved, ctx.call, ctx.wanted = args
-        ctx.save_for_backward(grad_output, *saved)
-        return _backward(grad_output, *args)
+    def forward(ctx: Any, kernel: Any, graph: Any, call: Call, wanted: Any, *saved: Tensor | None) -> Any:
+        ctx.graph, ctx.call, ctx.wanted = graph, call, wanted
+        ctx.save_for_backward(*saved)
+        return kernel(saved, call, wanted)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor) -> _Grads:
-        def gradients(grad_output: Tensor, *saved: Any) -> _Grads:
-            return _differentiable_gradients(grad_output, _Saved(*saved), ctx.call)
-
-        found = differentiate_again(ctx.saved_tensors, gradients, ctx.wanted, grad_grads)
-        return (*found, *(None,) * 6)
-
-
-def differentiate_again(
-    saved: tuple[Tensor | None, ...],
-    differentiable: Callable[..., _Grads],
-    wanted: tuple[bool, ...],
-    grad_grads: tuple[Tensor, ...],
-) -> _Grads:
-    """Backward of a backward.
-
-    Args:
-        saved: its arguments that are tensors: the gradient that came in, what has gradients, and the rest.
-        differentiable: what it computes of `saved`, as plain PyTorch.
-        wanted: which of its results were.
-        grad_grads: the gradients of its results.
-
-    Returns:
-        The gradients of the first ``1 + len(wanted)`` of `saved`.
-    """
-    with torch.enable_grad():
-        # Views: graphs of what follows end at these, and through them reach the originals.
-        views = [None if t is None else t.view_as(t) for t in saved]
-        grads = differentiable(*views)
-    pairs = [
-        (grad, grad_grad)
-        for grad, grad_grad, want in zip(grads, grad_grads, wanted, strict=True)
-        if want and grad is not None and grad.requires_grad
-    ]
-    inputs = tuple(views[: 1 + len(wanted)])
-    return gradients([g for g, _ in pairs], inputs, [gg for _, gg in pairs], torch.is_grad_enabled())
+        saved, wanted = ctx.saved_tensors, ctx.wanted
+        with torch.enable_grad():
+            # Views: graphs of what follows end at these, and through them reach the originals.
+            views = [None if t is None else t.view_as(t) for t in saved]
+            grads = ctx.graph(views, ctx.call)
+        pairs = [
+            (grad, grad_grad)
+            for grad, grad_grad, want in zip(grads, grad_grads, wanted, strict=True)
+            if want and grad is not None and grad.requires_grad
+        ]
+        # The gradient that came in, and what has gradients.
+        inputs = tuple(views[: 1 + len(wanted)])
+        found = gradients([g for g, _ in pairs], inputs, [gg for _, gg in pairs], torch.is_grad_enabled())
+        return (*(None,) * 4, *found, *(None,) * (len(saved) - len(found)))
 
 
 def gradients(
@@ -179,8 +174,9 @@ def gradients(
     return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
 
 
-def _differentiable_gradients(grad_output: Tensor, saved: _Saved, call: _Call) -> _Grads:
+def _differentiable_gradients(tensors: Sequence[Any], call: Call) -> _Grads:
     """What the backward kernel computes, as a graph of plain PyTorch operations; None for what needs no gradient."""
+    grad_output, saved = tensors[0], _Saved(*tensors[1:])
     input, activation, ops = saved.input, call.activation, backends.op_set(call.backend)
     mean, invstd = saved.mean, saved.invstd
     if call.training:

@@ -127,16 +127,14 @@ def batch_norm_act(
             input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
             training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p, pool=behind,
         )  # fmt: skip
+    call = autograd.Call(training, momentum, eps, activation, drop_p, backend, behind)
     if behind is not None:
         return pooled.batch_norm_act_pool(
-            input, weight, bias, mask, running_mean, running_var, num_batches_tracked,
-            training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p, pool=behind,
-            backend=backend,
-        )  # fmt: skip
+            input, weight, bias, mask, running_mean, running_var, num_batches_tracked, call
+        )
     return autograd.batch_norm_act(
-        input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
-        training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p, backend=backend,
-    )  # fmt: skip
+        input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked, call
+    )
 
 
 def _fuses(pool: Pool, residual: Tensor | None, drop_p: float, drop_mode: str) -> bool:

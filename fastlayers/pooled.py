@@ -6,30 +6,19 @@ are over the pooled ones, and only the gradient of the input is of its full size
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlayers import autograd, backends, masks, pooling, reference
-from fastlayers.activations import Activation
+from fastlayers.autograd import Call
 from fastlayers.pooling import Pool
 
 _Grads = tuple[Tensor | None, ...]
 _ThreeTensors = tuple[Tensor, Tensor, Tensor]
 _FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-class _Call(NamedTuple):
-    """What of a call is not a tensor."""
-
-    training: bool
-    momentum: float | None
-    eps: float
-    activation: Activation
-    drop_p: float
-    pool: Pool
-    backend: str  # backward's too, whatever is set by then
 
 
 class _Saved(NamedTuple):
@@ -53,17 +42,9 @@ def batch_norm_act_pool(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
-    *,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: Activation,
-    drop_p: float,
-    pool: Pool,
-    backend: str,
+    call: Call,
 ) -> Tensor:
-    """The fused operator with `pool`, by the kernels of `backend`. `mask` is one of channels, drawn for them."""
-    call = _Call(training, momentum, eps, activation, drop_p, pool, backend)
+    """The fused operator with ``call.pool``. `mask` is one of channels, drawn for the kernels of ``call.backend``."""
     tensors = (input, weight, bias, mask, running_mean, running_var, num_batches_tracked)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:3]):
         output: Tensor = _BatchNormActPool.apply(*tensors, call)
@@ -83,63 +64,48 @@ class _BatchNormActPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> _Grads:
-        wanted = ctx.needs_input_grad[:3]
-        run = _BatchNormActPoolBackward.apply if torch.is_grad_enabled() else _backward
-        grads = run(grad_outputs[0], *ctx.saved_tensors, ctx.call, wanted)
-        return (*[g if want else None for g, want in zip(grads, wanted, strict=True)], *(None,) * 5)
+        return autograd.run_backward(ctx, grad_outputs[0], _backward, _differentiable_gradients, 3)
 
 
-def _forward(tensors: Any, call: _Call, save: bool) -> _FiveTensors:
+def _pool_of(call: Call) -> Pool:
+    assert call.pool is not None
+    return call.pool
+
+
+def _forward(tensors: Any, call: Call, save: bool) -> _FiveTensors:
+    pool = _pool_of(call)
     if call.training:
         autograd.mark_written(tensors[4:])
     result: _FiveTensors = backends.op_set(call.backend).batch_norm_act_pool_fwd(
         *tensors, call.training, call.momentum, call.eps,
         call.activation.code, call.activation.params, call.activation.monotone, masks.scale(call.drop_p),
-        call.pool.window, call.pool.ceil_mode, save,
+        pool.window, pool.ceil_mode, save,
     )  # fmt: skip
     return result
 
 
-def _backward(grad_output: Tensor, *args: Any) -> _ThreeTensors:
-    *tensors, call, wanted = args
-    saved = _Saved(*tensors)
+def _backward(tensors: Sequence[Any], call: Call, wanted: Sequence[bool]) -> _ThreeTensors:
+    grad_output, saved, pool = tensors[0], _Saved(*tensors[1:]), _pool_of(call)
     result: _ThreeTensors = backends.op_set(call.backend).batch_norm_act_pool_bwd(
         grad_output, saved.input, saved.selected, saved.positions, saved.weight, saved.bias, saved.mask,
         saved.mean, saved.invstd, call.training, call.activation.code, call.activation.params,
-        masks.scale(call.drop_p), call.pool.window, call.pool.ceil_mode, wanted[0], wanted[1] or wanted[2],
+        masks.scale(call.drop_p), pool.window, pool.ceil_mode, wanted[0], wanted[1] or wanted[2],
     )  # fmt: skip
     return result
 
 
-class _BatchNormActPoolBackward(torch.autograd.Function):
-    """First-order gradients that can be differentiated again, any number of times."""
-
-    @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, *args: Any) -> _ThreeTensors:
-        *saved, ctx.call, ctx.wanted = args
-        ctx.save_for_backward(grad_output, *saved)
-        return _backward(grad_output, *args)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_grads: Tensor) -> _Grads:
-        def gradients(grad_output: Tensor, *saved: Any) -> _Grads:
-            return _differentiable_gradients(grad_output, _Saved(*saved), ctx.call)
-
-        found = autograd.differentiate_again(ctx.saved_tensors, gradients, ctx.wanted, grad_grads)
-        return (*found, *(None,) * 7)
-
-
-def _differentiable_gradients(grad_output: Tensor, saved: _Saved, call: _Call) -> _Grads:
+def _differentiable_gradients(tensors: Sequence[Any], call: Call) -> _Grads:
     """What the backward kernel computes, as a graph of plain PyTorch operations; None for what needs no gradient.
 
     Where the windows' elements are is constant: the function is not differentiable where that changes.
     """
+    grad_output, saved = tensors[0], _Saved(*tensors[1:])
     input, mean, invstd = saved.input, saved.mean, saved.invstd
     if call.training:
         mean, var = reference.batch_statistics(input)
         invstd = torch.rsqrt(var + call.eps)
     # Positions in dropped planes are 0, which may be in the padding.
-    indices = pooling.indices(call.pool, saved.positions, input.shape[2:]).clamp(min=0)
+    indices = pooling.indices(_pool_of(call), saved.positions, input.shape[2:]).clamp(min=0)
     taken = reference.apply_mask(pooling.take(input, indices), saved.mask, 0.0)
     z = reference.normalize(taken, mean, invstd, saved.weight, saved.bias)
     grad = reference.apply_mask(grad_output.to(z.dtype), saved.mask, call.drop_p)

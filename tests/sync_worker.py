@@ -299,7 +299,7 @@ def an_error_on_one_rank_is_raised_on_all() -> None:
         (NotImplementedError, "not implemented for 'Int'", (torch.zeros(2, C, 3, 3, dtype=torch.int32),)),
         (RuntimeError, "mixed dtype", (torch.zeros(2, C, 3, 3, dtype=torch.float64),)),
         (RuntimeError, "must match the size of tensor b", (torch.zeros(2, C, 3, 3), torch.zeros(1, C, 3, 3))),
-        (AttributeError, "has no attribute", (None,)),
+        (TypeError, "must be Tensor, not NoneType", (None,)),
     ]
     for kind, text, arguments in wrong:
         if dist.get_rank() == 1:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -167,8 +166,8 @@ def test_backward_is_of_the_backend_that_ran_forward(monkeypatch: pytest.MonkeyP
     kernels = {name: Mock(wraps=fl.ops) for name in ("cpp", "triton")}
     monkeypatch.setattr(backends, "_OP_SETS", kernels)
     x = torch.randn(4, 3, 2, 2, requires_grad=True)
-    call: dict[str, Any] = {"training": True, "momentum": 0.1, "eps": 1e-5, "activation": IDENTITY, "drop_p": 0.5}
-    y = autograd.batch_norm_act(x, *(None,) * 7, **call, backend="triton")
+    call = autograd.Call(training=True, momentum=0.1, eps=1e-5, activation=IDENTITY, drop_p=0.5, backend="triton")
+    y = autograd.batch_norm_act(x, *(None,) * 7, call)
     z = autograd.dropout(y, torch.ones(4, 3, dtype=torch.bool), 0.5, "triton")
     z.sum().backward()
     assert [name for name, *_ in kernels["triton"].method_calls] == [

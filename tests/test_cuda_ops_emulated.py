@@ -12,6 +12,7 @@ from torch import Tensor
 import fastlayers as fl
 from fastlayers import autograd, masks, reference
 from fastlayers.activations import resolve
+from fastlayers.autograd import Call
 from tests.cases import POOLS, Case, case_of, pairwise, pool_layer
 from tests.layouts import LAYOUTS
 from tests.oracle import check
@@ -86,26 +87,38 @@ def _inputs(dtype: torch.dtype, layout: str = "contiguous") -> tuple[Tensor, Ten
     )
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("act", ["relu", "silu"])
-@pytest.mark.parametrize("with_residual", [False, True])
-def test_element_dropout_emulated(act: str, layout: str, with_residual: bool) -> None:
-    x, weight, bias = _inputs(f64, layout)
-    residual = LAYOUTS[layout](torch.randn(3, 5, 4, 6, dtype=f64)).requires_grad_() if with_residual else None
-    sources = [t for t in (x, weight, bias, residual) if t is not None]
-    seed = torch.tensor([0x1234_5678_9ABC_DEF])
-    mask = torch.ops.fastlayers_emulated.element_mask(seed, x, masks.scale(0.3))
-    assert torch.equal(mask, reference.element_mask(seed, x, masks.scale(0.3)))
-    options: dict[str, Any] = {
-        "training": True, "momentum": 0.1, "eps": 1e-5, "activation": resolve(act), "drop_p": 0.3,
-    }  # fmt: skip
-    got = autograd.batch_norm_act(x, weight, bias, residual, seed, None, None, None, backend="emulated", **options)
-    expected = reference.batch_norm_act_masked(x, weight, bias, residual, mask, None, None, None, **options)
-    grad_output = torch.randn_like(expected)
+def _residual(layout: str) -> Tensor:
+    return LAYOUTS[layout](torch.randn(3, 5, 4, 6, dtype=f64)).requires_grad_()
+
+
+def _check_masked(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    drawn: Tensor,
+    mask: Tensor,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None],
+    call: Call,
+) -> None:
+    """Results and gradients of `tensors` for the mask that was `drawn` for kernels, and is `mask` to the reference."""
+    options = {name: value for name, value in call._asdict().items() if name not in ("backend", "pool")}
+    got = autograd.batch_norm_act(*tensors, drawn, *running, call)
+    expected = reference.batch_norm_act_masked(*tensors, mask, *running, **options)
+    sources, grad_output = [t for t in tensors if t is not None], torch.randn_like(expected)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(
         torch.autograd.grad(got, sources, grad_output), torch.autograd.grad(expected, sources, grad_output)
     )
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("act", ["relu", "silu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_element_dropout_emulated(act: str, layout: str, with_residual: bool) -> None:
+    tensors = _inputs(f64, layout)
+    seed = torch.tensor([0x1234_5678_9ABC_DEF])
+    mask = torch.ops.fastlayers_emulated.element_mask(seed, tensors[0], masks.scale(0.3))
+    assert torch.equal(mask, reference.element_mask(seed, tensors[0], masks.scale(0.3)))
+    call = Call(True, 0.1, 1e-5, resolve(act), 0.3, "emulated")
+    _check_masked((*tensors, _residual(layout) if with_residual else None), seed, mask, (None, None, None), call)
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -113,24 +126,14 @@ def test_element_dropout_emulated(act: str, layout: str, with_residual: bool) ->
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_dropout_with_running_statistics_emulated(mode: str, layout: str, with_residual: bool) -> None:
     """As in frozen layers."""
-    x, weight, bias = _inputs(f64, layout)
-    residual = LAYOUTS[layout](torch.randn(3, 5, 4, 6, dtype=f64)).requires_grad_() if with_residual else None
-    sources = [t for t in (x, weight, bias, residual) if t is not None]
+    tensors = _inputs(f64, layout)
     torch.manual_seed(2)
-    drawn = masks.draw_for_gpu_kernels(x, 0.3, mode, True)
+    drawn = masks.draw_for_gpu_kernels(tensors[0], 0.3, mode, True)
     assert drawn is not None
-    mask = drawn if mode == "channel" else reference.element_mask(drawn, x, masks.scale(0.3))
+    mask = drawn if mode == "channel" else reference.element_mask(drawn, tensors[0], masks.scale(0.3))
     running = (torch.randn(5, dtype=f64), torch.rand(5, dtype=f64) + 0.5, None)
-    options: dict[str, Any] = {
-        "training": False, "momentum": 0.1, "eps": 1e-5, "activation": resolve("relu"), "drop_p": 0.3,
-    }  # fmt: skip
-    got = autograd.batch_norm_act(x, weight, bias, residual, drawn, *running, backend="emulated", **options)
-    expected = reference.batch_norm_act_masked(x, weight, bias, residual, mask, *running, **options)
-    grad_output = torch.randn_like(expected)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, sources, grad_output), torch.autograd.grad(expected, sources, grad_output)
-    )
+    call = Call(False, 0.1, 1e-5, resolve("relu"), 0.3, "emulated")
+    _check_masked((*tensors, _residual(layout) if with_residual else None), drawn, mask, running, call)
 
 
 @pytest.mark.parametrize("mode", ["channel", "element"])
@@ -204,7 +207,7 @@ def test_empty_batch_emulated(momentum: float | None, pool: str | None) -> None:
     weight = torch.ones(4, requires_grad=True)
     y = fl.functional.batch_norm_act(
         x, running_mean, running_var, weight, training=True, momentum=momentum, num_batches_tracked=count,
-        pool=pool and pool_layer(pool, 2),
+        pool=None if pool is None else pool_layer(pool, 2),
     )  # fmt: skip
     assert y.shape == (x.shape if pool is None else (0, 4, 2, 2))
     assert count == 4

@@ -104,14 +104,16 @@ def _training_step(layer: Callable[[Tensor], Tensor]) -> Callable[[], object]:
 
 def _fused(module: fl.BatchNormAct2d) -> Callable[[Tensor], Tensor]:
     """The layer's own call of the operators, as for a tensor on a GPU."""
+    call = autograd.Call(
+        training=True, momentum=0.1, eps=1e-5, activation=resolve("relu"), drop_p=0.5, backend="triton"
+    )
 
     def run(x: Tensor) -> Tensor:
         with torch.no_grad():
             mask = x.new_empty(x.shape[:2]).bernoulli_(0.5)
         return autograd.batch_norm_act(
             x, module.weight, module.bias, None, mask, module.running_mean, module.running_var,
-            module.num_batches_tracked, training=True, momentum=0.1, eps=1e-5, activation=resolve("relu"), drop_p=0.5,
-            backend="triton",
+            module.num_batches_tracked, call,
         )  # fmt: skip
 
     return run

@@ -12,6 +12,66 @@ from fastlayers.modules.script import NotScriptable
 from fastlayers.pooling import Pool
 
 
+def batch_norm_of(
+    layer: nn.modules.batchnorm._BatchNorm,
+    input: Tensor,
+    residual: Tensor | None = None,
+    act: Activation = IDENTITY,
+    drop_p: float = 0.0,
+    drop_mode: str = "channel",
+    drops: bool | None = None,
+    pool: Pool | None = None,
+) -> Tensor:
+    """`fused_batch_norm` with the statistics of this process, for any layer."""
+    layer._check_input_dim(input)
+    stochastic = layer.training if drops is None else drops
+    training = layer.training and not getattr(layer, "frozen", False)
+    running_mean, running_var, weight, bias = _tensors_of(layer)
+    # As in torch: statistics of the batch also where there are no running ones.
+    batch_statistics = training or (running_mean is None and running_var is None)
+    num_batches_tracked = None
+    if training:
+        if layer.track_running_stats:
+            num_batches_tracked = layer.num_batches_tracked
+        else:
+            running_mean = running_var = None
+    momentum, eps = layer.momentum, eps_of(layer)
+    dropping = drop_p if stochastic else 0.0
+    if momentum is not None and act.random is None and backends.prefers_torch(input, dropping):
+        output = unfused.tiny_batch_norm_act(
+            input, running_mean, running_var, weight, bias, residual, num_batches_tracked,
+            batch_statistics, momentum, eps, act, dropping, drop_mode, pool,
+        )  # fmt: skip
+        if output is not None:
+            return output
+    return functional.batch_norm_act(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        batch_statistics,
+        momentum,
+        eps,
+        residual=residual,
+        act=act,
+        drop_p=drop_p,
+        drop_mode=drop_mode,
+        num_batches_tracked=num_batches_tracked,
+        stochastic=stochastic,
+        pool=pool,
+    )
+
+
+def _tensors_of(layer: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor | None, ...]:
+    """Running mean and variance, weight and bias. As attributes a module finds them slowly, which tiny inputs feel."""
+    parameters, buffers = layer._parameters, layer._buffers
+    try:
+        return buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"]
+    except KeyError:  # parametrised, or replaced by plain tensors
+        return layer.running_mean, layer.running_var, layer.weight, layer.bias
+
+
 class _FusedBatchNorm(NotScriptable, nn.modules.batchnorm._BatchNorm):
     """What `torch.nn.BatchNorm*` do, by the fused kernels.
 
@@ -76,17 +136,8 @@ class _FusedBatchNorm(NotScriptable, nn.modules.batchnorm._BatchNorm):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def _fused(
-        self,
-        input: Tensor,
-        residual: Tensor | None = None,
-        act: Activation = IDENTITY,
-        drop_p: float = 0.0,
-        drop_mode: str = "channel",
-        drops: bool | None = None,
-        pool: Pool | None = None,
-    ) -> Tensor:
-        return batch_norm_of(self, input, residual, act, drop_p, drop_mode, drops, pool)
+    # A method, which a layer with other statistics overrides.
+    _fused = batch_norm_of
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises `input`; updates the running statistics in training."""
@@ -120,69 +171,8 @@ def fused_batch_norm(
         drops: whether to drop, and to draw random slopes; None is as `layer` trains.
         pool: max-pooling of the result, for as many dimensions as `input` has; or None.
     """
-    if isinstance(layer, _FusedBatchNorm):
-        return layer._fused(input, residual, act, drop_p, drop_mode, drops, pool)
-    return batch_norm_of(layer, input, residual, act, drop_p, drop_mode, drops, pool)
-
-
-def batch_norm_of(
-    layer: nn.modules.batchnorm._BatchNorm,
-    input: Tensor,
-    residual: Tensor | None,
-    act: Activation,
-    drop_p: float,
-    drop_mode: str,
-    drops: bool | None,
-    pool: Pool | None = None,
-) -> Tensor:
-    """`fused_batch_norm` with the statistics of this process, for any layer."""
-    layer._check_input_dim(input)
-    stochastic = layer.training if drops is None else drops
-    training = layer.training and not getattr(layer, "frozen", False)
-    running_mean, running_var, weight, bias = _tensors_of(layer)
-    # As in torch: statistics of the batch also where there are no running ones.
-    batch_statistics = training or (running_mean is None and running_var is None)
-    num_batches_tracked = None
-    if training:
-        if layer.track_running_stats:
-            num_batches_tracked = layer.num_batches_tracked
-        else:
-            running_mean = running_var = None
-    momentum, eps = layer.momentum, eps_of(layer)
-    dropping = drop_p if stochastic else 0.0
-    if momentum is not None and act.random is None and backends.prefers_torch(input, dropping):
-        output = unfused.tiny_batch_norm_act(
-            input, running_mean, running_var, weight, bias, residual, num_batches_tracked,
-            batch_statistics, momentum, eps, act, dropping, drop_mode, pool,
-        )  # fmt: skip
-        if output is not None:
-            return output
-    return functional.batch_norm_act(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        batch_statistics,
-        momentum,
-        eps,
-        residual=residual,
-        act=act,
-        drop_p=drop_p,
-        drop_mode=drop_mode,
-        num_batches_tracked=num_batches_tracked,
-        stochastic=stochastic,
-        pool=pool,
-    )
-
-
-def _tensors_of(layer: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor | None, ...]:
-    """Running mean and variance, weight and bias. As attributes a module finds them slowly, which tiny inputs feel."""
-    parameters, buffers = layer._parameters, layer._buffers
-    try:
-        return buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"]
-    except KeyError:  # parametrised, or replaced by plain tensors
-        return layer.running_mean, layer.running_var, layer.weight, layer.bias
+    run = type(layer)._fused if isinstance(layer, _FusedBatchNorm) else batch_norm_of
+    return run(layer, input, residual, act, drop_p, drop_mode, drops, pool)
 
 
 class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
