@@ -204,7 +204,7 @@ def test_empty_batch_emulated(momentum: float | None, pool: str | None) -> None:
     weight = torch.ones(4, requires_grad=True)
     y = fl.functional.batch_norm_act(
         x, running_mean, running_var, weight, training=True, momentum=momentum, num_batches_tracked=count,
-        pool=pool and pool_layer(pool, 2),
+        pool=None if pool is None else pool_layer(pool, 2),
     )  # fmt: skip
     assert y.shape == (x.shape if pool is None else (0, 4, 2, 2))
     assert count == 4

@@ -21,12 +21,10 @@ Operator = Callable[[Tensors], Tensor]
 def as_set(problem: Problem) -> Iterator[None]:
     """The switches of a problem, and its surroundings but for modes without gradients, which `judge.run` sees to."""
     with contextlib.ExitStack() as stack:
-        for switch, value, before in (
-            (fl.ops.set_cpu_capability, problem.capability, fl.ops.cpu_capability()),
-            (torch.set_num_threads, problem.threads, torch.get_num_threads()),
-        ):
-            stack.callback(switch, before)
-            switch(value)
+        stack.callback(fl.ops.set_cpu_capability, fl.ops.cpu_capability())
+        fl.ops.set_cpu_capability(problem.capability)
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(problem.threads)
         if problem.past_the_caches:
             stack.callback(fl.ops.set_last_level_cache_bytes, fl.ops.set_last_level_cache_bytes(0))
         if "float64 by default" in problem.surroundings:

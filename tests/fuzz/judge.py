@@ -149,21 +149,23 @@ class Rounding:
         self.steepest = self.slope.abs().clamp_min(p.act.slope)
         jump = torch.where(self.near_kink, p.act.jump, 0.0)
         self.of_value = self.steepest * self.of_z + self.unit * p.act.size + jump
-        self.taken, self.unclear = None, self.near_kink
+        self.taken: Tensor | None = None
+        self.unclear = self.near_kink
         if p.pool is not None:
             self._find_taken(p.pool)
 
     def _find_taken(self, pool: Pool) -> None:
         """Which element of each window is taken, and where that is unclear, or its slope."""
         dropped = torch.where(self.keep == 0, 0, self.value * self.keep)
-        _, self.taken = pool.module(return_indices=True)(dropped)
-        value, x, keep = (pools.take(t, self.taken)[..., None] for t in (dropped, self.x, self.keep))
+        _, taken = pool.module(return_indices=True)(dropped)
+        self.taken = taken
+        value, x, keep = (pools.take(t, taken)[..., None] for t in (dropped, self.x, self.keep))
         margin = 64 * pool.windows(self.of_value * self.keep.clamp_min(1), 0.0).amax(-1, keepdim=True)
         # Among equal ones the first is taken by everybody, if they are equal from the start.
         others = (pool.windows(self.x, math.nan) != x) | (pool.windows(self.keep, 0.0) != keep)
         close = ~((pool.windows(dropped, -math.inf) - value).abs() > margin)
         outside = pool.windows(torch.zeros_like(self.x), 1.0) == 1
-        self.unclear = (others & close & ~outside).any(-1) | pools.take(self.near_kink, self.taken)
+        self.unclear = (others & close & ~outside).any(-1) | pools.take(self.near_kink, taken)
 
     def special_channels(self) -> Tensor:
         """Which channels have something in an argument that is not finite (C,)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import given
@@ -95,7 +96,7 @@ class _Built(nn.Module):
         norm = _NORMS[dims][block.norm](
             channels, momentum=block.momentum, affine=block.affine, track_running_stats=block.track
         )
-        act = block.act.module()
+        act: Any = block.act.module()
         if block.style == "in place" and hasattr(act, "inplace") and block.act.name not in ("RReLU", "LeakyReLU"):
             act.inplace = True  # torch cannot differentiate those with a negative slope
         takes = block.drop and not (block.drop == "Dropout1d" and dims > 1)
