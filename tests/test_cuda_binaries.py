@@ -140,7 +140,7 @@ def test_registers_allow_the_blocks_that_launches_plan(kernels: list[Kernel]) ->
     for kernel in kernels:
         wide = "<double" in kernel.name
         if re.search(r"planes_pool_(forward|backward)<", kernel.name):
-            threads = 256 * (2 if wide else 4)
+            threads = 256 * (1 if wide else 4)
         elif "planes_pool_" in kernel.name:
             threads = 256 if wide else 512 * 2
         elif "planes_" in kernel.name:

@@ -270,7 +270,7 @@ def _pooled(x: Tensor, arguments: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", POOLS)
 def test_max_pool_samples(name: str, dtype: torch.dtype) -> None:
-    """Of batches: the same values and gradients, exactly."""
+    """Of batches: the same values, exactly, and gradients, but that torch may round 16 bits where windows overlap."""
     theirs, compared = POOLS[name], 0
     dims = int(name[-2])
     for info in _operators()[name]:
@@ -286,7 +286,9 @@ def test_max_pool_samples(name: str, dtype: torch.dtype) -> None:
                 assert isinstance(results[0], (RuntimeError, ValueError))
                 continue
             assert not isinstance(results[0], Exception), results[0]
-            for mine, other in zip(*results, strict=True):
-                torch.testing.assert_close(mine, other, rtol=0, atol=0)
+            (value, gradient), (other_value, other_gradient) = results
+            exactly = {"rtol": 0, "atol": 0}
+            torch.testing.assert_close(value, other_value, **exactly)
+            torch.testing.assert_close(gradient, other_gradient, **_tolerance(other_gradient) or exactly)
             compared += 1
     assert compared >= 20

@@ -21,23 +21,16 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
                                double eps, std::int64_t activation, std::vector<double> activation_params,
                                double drop_scale, bool save_flat_bits) {
   check_batch_norm_input(input);
-  const std::int64_t channels = input.size(1);
-  check_channel_vector("weight", weight, input);
-  check_channel_vector("bias", bias, input);
-  const RunningStatistics running{running_mean, running_var, num_batches_tracked};
-  running.check(input, training);
+  ForwardChannels channels(input, weight, bias, {running_mean, running_var, num_batches_tracked}, training, momentum,
+                           eps);
   if (residual) check_full_size("residual", *residual, input);
 
   Tensor output = empty_output(input);
   const Geometry g = geometry_of(output);
-  Tensor mean = empty_vector(input, channels, ScalarType::Double);
-  Tensor invstd = empty_vector(input, channels, ScalarType::Double);
+  Tensor mean = channels.empty_statistics(input), invstd = channels.empty_statistics(input);
   Tensor flat_bits = empty_vector(input, save_flat_bits ? g.mask_bytes() : 0, ScalarType::Byte);
-  const double factor = running.update_factor(training, momentum);
   if (input.numel() == 0) {
-    // As torch: statistics of nothing leave the running ones as they are.
-    fill(mean, 0);
-    fill(invstd, 0);
+    channels.of_nothing(mean, invstd);
     return {output, mean, invstd, flat_bits};
   }
 
@@ -52,18 +45,10 @@ FourTensors batch_norm_act_fwd(Tensor input, OptionalTensor weight, OptionalTens
   Output out(g, output);
   args.output = out.target();
   args.flat_bits = save_flat_bits ? static_cast<std::uint8_t*>(flat_bits.mutable_data_ptr()) : nullptr;
-  const AffineValues affine(weight, bias, channels);
-  affine.set(args);
-  args.mean = static_cast<double*>(mean.mutable_data_ptr());
-  args.invstd = static_cast<double*>(invstd.mutable_data_ptr());
-  std::vector<double> variance(training ? affine.weight.size() : 0);
-  args.variance = variance.data();
-  args.training = training;
-  args.eps = eps;
   args.parallel_for = torch_parallel_for;
-  if (!training) running.load(args);
+  channels.start(args, mean, invstd);
   kernels(storage_dtype(input)).batch_norm_act_forward(args);
-  if (training) running.update(factor, args);
+  channels.finish(args);
   return {out.finish(), mean, invstd, flat_bits};
 }
 
@@ -73,13 +58,9 @@ FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor 
                                std::vector<double> activation_params, double drop_scale, bool input_grad,
                                bool affine_grad, bool residual_grad) {
   check_batch_norm_input(input);
-  const std::int64_t channels = input.size(1);
   check_full_size("grad_output", grad_output, input);
   if (residual) check_full_size("residual", *residual, input);
-  check_channel_vector("weight", weight, input);
-  check_channel_vector("bias", bias, input);
-  check_saved_statistics("mean", mean, input);
-  check_saved_statistics("invstd", invstd, input);
+  BackwardChannels channels(input, weight, bias, mean, invstd, training, affine_grad);
 
   // Its strides decide the layout even where the gradient itself is not wanted.
   Tensor grad_input = empty_output(input);
@@ -87,7 +68,6 @@ FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor 
   check_flat_bits(g, flat_bits);
   const auto none = [&] { return empty_vector(input, 0, input.scalar_type()); };
   Tensor grad_residual = residual_grad ? empty_output(input) : none();
-  std::vector<double> grad_weight(affine_grad ? static_cast<std::size_t>(channels) : 0), grad_bias(grad_weight);
   if (input.numel() > 0) {
     BackwardArgs args;
     args.geometry = g;
@@ -102,20 +82,13 @@ FourTensors batch_norm_act_bwd(Tensor grad_output, Tensor input, OptionalTensor 
     std::optional<Output> input_out, residual_out;
     if (input_grad) args.grad_input = input_out.emplace(g, grad_input).target();
     if (residual_grad) args.grad_residual = residual_out.emplace(g, grad_residual).target();
-    args.grad_weight = affine_grad ? grad_weight.data() : nullptr;
-    args.grad_bias = affine_grad ? grad_bias.data() : nullptr;
-    const AffineValues affine(weight, bias, channels);
-    affine.set(args);
-    args.mean = static_cast<const double*>(mean.const_data_ptr());
-    args.invstd = static_cast<const double*>(invstd.const_data_ptr());
-    args.training = training;
+    channels.set(args);
     args.parallel_for = torch_parallel_for;
     kernels(storage_dtype(input)).batch_norm_act_backward(args);
     if (input_out) input_out->finish();
     if (residual_out) residual_out->finish();
   }
-  return {input_grad ? grad_input : none(), channel_gradient(input, weight, grad_weight),
-          channel_gradient(input, bias, grad_bias), grad_residual};
+  return {input_grad ? grad_input : none(), channels.grad_weight(), channels.grad_bias(), grad_residual};
 }
 
 }  // namespace fastlayers

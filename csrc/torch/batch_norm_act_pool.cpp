@@ -21,12 +21,9 @@ FiveTensors batch_norm_act_pool_fwd(Tensor input, OptionalTensor weight, Optiona
                                     bool save) {
   check_batch_norm_input(input);
   const Pool pool = pool_of(window, ceil_mode, input);
-  const std::int64_t channels = input.size(1);
-  check_channel_vector("weight", weight, input);
-  check_channel_vector("bias", bias, input);
+  ForwardChannels channels(input, weight, bias, {running_mean, running_var, num_batches_tracked}, training, momentum,
+                           eps);
   check_channel_mask(mask);
-  const RunningStatistics running{running_mean, running_var, num_batches_tracked};
-  running.check(input, training);
 
   const Geometry g{shape_of_result(input)};
   Tensor output = empty_pooled(pool, g, input, input.scalar_type());
@@ -34,13 +31,9 @@ FiveTensors batch_norm_act_pool_fwd(Tensor input, OptionalTensor weight, Optiona
     return save ? empty_pooled(pool, g, input, dtype) : empty_vector(input, 0, dtype);
   };
   Tensor selected = saved(input.scalar_type()), positions = saved(ScalarType::Byte);
-  Tensor mean = empty_vector(input, channels, ScalarType::Double);
-  Tensor invstd = empty_vector(input, channels, ScalarType::Double);
-  const double factor = running.update_factor(training, momentum);
+  Tensor mean = channels.empty_statistics(input), invstd = channels.empty_statistics(input);
   if (input.numel() == 0) {
-    // As torch: statistics of nothing leave the running ones as they are.
-    fill(mean, 0);
-    fill(invstd, 0);
+    channels.of_nothing(mean, invstd);
     return {output, mean, invstd, selected, positions};
   }
 
@@ -51,24 +44,16 @@ FiveTensors batch_norm_act_pool_fwd(Tensor input, OptionalTensor weight, Optiona
   const View input_view = as_source(g, input);
   args.input = input_view.source();
   args.output.data = output.mutable_data_ptr();
-  const AffineValues affine(weight, bias, channels);
-  affine.set(args);
-  args.mean = static_cast<double*>(mean.mutable_data_ptr());
-  args.invstd = static_cast<double*>(invstd.mutable_data_ptr());
-  std::vector<double> variance(training ? affine.weight.size() : 0);
-  args.variance = variance.data();
-  args.training = training;
-  args.eps = eps;
-  args.parallel_for = torch_parallel_for;
   args.pool = pool;
   args.monotone = monotone;
   if (save) {
     args.selected = selected.mutable_data_ptr();
     args.positions = static_cast<std::uint8_t*>(positions.mutable_data_ptr());
   }
-  if (!training) running.load(args);
+  args.parallel_for = torch_parallel_for;
+  channels.start(args, mean, invstd);
   kernels(storage_dtype(input)).batch_norm_act_pool_forward(args);
-  if (training) running.update(factor, args);
+  channels.finish(args);
   return {output, mean, invstd, selected, positions};
 }
 
@@ -80,19 +65,14 @@ ThreeTensors batch_norm_act_pool_bwd(Tensor grad_output, Tensor input, Tensor se
                                      bool affine_grad) {
   check_batch_norm_input(input);
   const Pool pool = pool_of(window, ceil_mode, input);
-  const std::int64_t channels = input.size(1);
   check_pooled("grad_output", grad_output, pool, input, input.scalar_type());
   check_pooled("selected", selected, pool, input, input.scalar_type());
   check_pooled("positions", positions, pool, input, ScalarType::Byte);
-  check_channel_vector("weight", weight, input);
-  check_channel_vector("bias", bias, input);
+  BackwardChannels channels(input, weight, bias, mean, invstd, training, affine_grad);
   check_channel_mask(mask);
-  check_saved_statistics("mean", mean, input);
-  check_saved_statistics("invstd", invstd, input);
 
   const Geometry g{shape_of_result(input)};
   Tensor grad_input = input_grad ? empty_output(input) : empty_vector(input, 0, input.scalar_type());
-  std::vector<double> grad_weight(affine_grad ? static_cast<std::size_t>(channels) : 0), grad_bias(grad_weight);
   if (input.numel() > 0) {
     const Shape pooled{g.rows, g.batch, g.channels, pool.outputs()};
     PoolBackwardArgs args;
@@ -108,19 +88,13 @@ ThreeTensors batch_norm_act_pool_bwd(Tensor grad_output, Tensor input, Tensor se
     args.positions = static_cast<const std::uint8_t*>(positions_in_order.const_data_ptr());
     std::optional<Output> input_out;
     if (input_grad) args.grad_input = input_out.emplace(g, grad_input).target();
-    args.grad_weight = affine_grad ? grad_weight.data() : nullptr;
-    args.grad_bias = affine_grad ? grad_bias.data() : nullptr;
-    const AffineValues affine(weight, bias, channels);
-    affine.set(args);
-    args.mean = static_cast<const double*>(mean.const_data_ptr());
-    args.invstd = static_cast<const double*>(invstd.const_data_ptr());
-    args.training = training;
+    channels.set(args);
     args.parallel_for = torch_parallel_for;
     args.pool = pool;
     kernels(storage_dtype(input)).batch_norm_act_pool_backward(args);
     if (input_out) input_out->finish();
   }
-  return {grad_input, channel_gradient(input, weight, grad_weight), channel_gradient(input, bias, grad_bias)};
+  return {grad_input, channels.grad_weight(), channels.grad_bias()};
 }
 
 }  // namespace fastlayers

@@ -20,6 +20,19 @@ void update_running(const OptionalTensor& running, double factor, Value value) {
   });
 }
 
+void fill(const Tensor& t, double value) {
+  with_dtype(t.scalar_type(), [&](auto element) {
+    auto* to = static_cast<decltype(element)*>(t.mutable_data_ptr());
+    for (std::int64_t i = 0; i < t.numel(); ++i) to[i] = static_cast<decltype(element)>(value);
+  });
+}
+
+const Tensor& checked(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) {
+  check_channel_vector("weight", weight, input);
+  check_channel_vector("bias", bias, input);
+  return input;
+}
+
 }  // namespace
 
 void check_batch_norm_input(const Tensor& input) {
@@ -30,13 +43,6 @@ void check_batch_norm_input(const Tensor& input) {
 ActivationSpec activation_spec(std::int64_t kind, const std::vector<double>& params) {
   check_activation(kind, params);
   return {static_cast<Activation>(kind), params.data()};
-}
-
-void fill(const Tensor& t, double value) {
-  with_dtype(t.scalar_type(), [&](auto element) {
-    auto* to = static_cast<decltype(element)*>(t.mutable_data_ptr());
-    for (std::int64_t i = 0; i < t.numel(); ++i) to[i] = static_cast<decltype(element)>(value);
-  });
 }
 
 void RunningStatistics::check(const Tensor& input, bool training) const {
@@ -76,9 +82,72 @@ void RunningStatistics::update(double factor, const ForwardArgs& args) const {
   update_running(var, factor, [&](std::int64_t c) { return args.variance[c] * (count / (count - 1)); });
 }
 
-Tensor channel_gradient(const Tensor& input, const OptionalTensor& parameter, const std::vector<double>& sums) {
-  if (!parameter || sums.empty()) return empty_vector(input, 0, ScalarType::Double);
-  Tensor grad = empty_vector(input, static_cast<std::int64_t>(sums.size()), parameter->scalar_type());
+AffineValues::AffineValues(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias)
+    : weight(channel_values(weight, input.size(1), 1)), bias(channel_values(bias, input.size(1), 0)) {}
+
+ForwardChannels::ForwardChannels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                 const RunningStatistics& running, bool training, std::optional<double> momentum,
+                                 double eps)
+    : running_(running),
+      training_(training),
+      momentum_(momentum),
+      eps_(eps),
+      affine_(checked(input, weight, bias), weight, bias),
+      variance_(training ? affine_.weight.size() : 0) {
+  running.check(input, training);
+}
+
+Tensor ForwardChannels::empty_statistics(const Tensor& input) const {
+  return empty_vector(input, input.size(1), ScalarType::Double);
+}
+
+void ForwardChannels::start(ForwardArgs& args, const Tensor& mean, const Tensor& invstd) {
+  factor_ = running_.update_factor(training_, momentum_);
+  affine_.set(args);
+  args.mean = static_cast<double*>(mean.mutable_data_ptr());
+  args.invstd = static_cast<double*>(invstd.mutable_data_ptr());
+  args.variance = variance_.data();
+  args.training = training_;
+  args.eps = eps_;
+  if (!training_) running_.load(args);
+}
+
+void ForwardChannels::finish(const ForwardArgs& args) const {
+  if (training_) running_.update(factor_, args);
+}
+
+void ForwardChannels::of_nothing(const Tensor& mean, const Tensor& invstd) const {
+  running_.update_factor(training_, momentum_);
+  fill(mean, 0);
+  fill(invstd, 0);
+}
+
+BackwardChannels::BackwardChannels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                   const Tensor& mean, const Tensor& invstd, bool training, bool affine_grad)
+    : weight_(weight),
+      bias_(bias),
+      mean_(mean),
+      invstd_(invstd),
+      training_(training),
+      affine_(checked(input, weight, bias), weight, bias),
+      weight_sums_(affine_grad ? affine_.weight.size() : 0),
+      bias_sums_(weight_sums_) {
+  check_saved_statistics("mean", mean, input);
+  check_saved_statistics("invstd", invstd, input);
+}
+
+void BackwardChannels::set(BackwardArgs& args) {
+  affine_.set(args);
+  args.mean = static_cast<const double*>(mean_.const_data_ptr());
+  args.invstd = static_cast<const double*>(invstd_.const_data_ptr());
+  args.training = training_;
+  args.grad_weight = weight_sums_.empty() ? nullptr : weight_sums_.data();
+  args.grad_bias = bias_sums_.empty() ? nullptr : bias_sums_.data();
+}
+
+Tensor BackwardChannels::gradient(const OptionalTensor& parameter, const std::vector<double>& sums) const {
+  if (!parameter || sums.empty()) return empty_vector(mean_, 0, ScalarType::Double);
+  Tensor grad = empty_vector(mean_, static_cast<std::int64_t>(sums.size()), parameter->scalar_type());
   with_dtype(grad.scalar_type(), [&](auto element) {
     auto* to = static_cast<decltype(element)*>(grad.mutable_data_ptr());
     for (std::size_t c = 0; c < sums.size(); ++c) to[c] = static_cast<decltype(element)>(sums[c]);

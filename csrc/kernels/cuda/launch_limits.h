@@ -26,7 +26,7 @@ constexpr int pool_blocks_on_chip(std::size_t element_bytes) {
   return element_bytes == 8 ? 1 : 2;
 }
 constexpr int pool_blocks(std::size_t element_bytes) {
-  return element_bytes == 8 ? 2 : 4;
+  return element_bytes == 8 ? 1 : 4;
 }
 inline constexpr int kPoolThreads = 256;  // of these
 inline constexpr int kStripRows = 4;      // windows below each other that a thread pools, at most
