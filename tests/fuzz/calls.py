@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -134,18 +133,9 @@ def check(problem: Problem, operator: Operator = by_function, kernels: bool = Tr
 def _check_layouts(results: judge.Results, t: Tensors) -> None:
     """The input's, but for what torch's max-pool makes of it behind our kernels."""
     p = t.problem
-    torch_pools = p.pool is not None and not _pools_itself(p)
-    if not torch_pools:
+    if p.pool is None or p.has_kernel_that_pools:
         output = results["output"]
         assert judge.has_right_layout(output, t.input, p.pool is not None), f"output: strides {output.stride()}"
     gradient = results.get("gradient of input")
     if gradient is not None:
         assert judge.has_right_layout(gradient, t.input, False), f"gradient of input: strides {gradient.stride()}"
-
-
-def _pools_itself(p: Problem) -> bool:
-    """Whether there is a kernel for the call with its pool."""
-    assert p.pool is not None
-    drops_elements = p.drops and p.drop_p > 0 and p.drop_mode == "element"
-    few = math.prod(p.pool.kernel_size) <= 256 and len(p.pool.kernel_size) < 3
-    return few and p.residual is None and not drops_elements

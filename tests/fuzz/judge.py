@@ -113,11 +113,15 @@ class Rounding:
     """
 
     def __init__(self, t: Tensors, kernels: bool = True) -> None:
-        """`kernels`: whether ours compute, in float32 for 16 bits, or torch's layers, which round in between."""
+        """`kernels`: whether ours compute, in float32 for 16 bits, or torch's layers, which round in between.
+
+        Torch pools what is stored.
+        """
         p = self.problem = t.problem
         self.tensors = t
         compute = torch.float32 if kernels and p.dtype != torch.float64 else p.dtype
         self.unit, self.tiny = _unit(compute)
+        self.pools_stored = not (kernels and p.has_kernel_that_pools)
         x = self.x = _double(t.input)
         self.dims = [d for d in range(x.dim()) if d != 1]
         self.count = max(x.numel() // max(x.shape[1], 1), 1)
@@ -159,8 +163,13 @@ class Rounding:
         dropped = torch.where(self.keep == 0, 0, self.value * self.keep)
         _, taken = pool.module(return_indices=True)(dropped)
         self.taken = taken
+        rounding = 64 * self.of_value * self.keep.clamp_min(1)
+        if self.pools_stored:  # in the dtype of the tensors, in which more are equal: all that overflow
+            limit = torch.finfo(self.problem.dtype).max
+            dropped = dropped.clamp(-limit, limit)
+            rounding = rounding + 2 * _of(dropped, self.problem.dtype)
         value, x, keep = (pools.take(t, taken)[..., None] for t in (dropped, self.x, self.keep))
-        margin = 64 * pool.windows(self.of_value * self.keep.clamp_min(1), 0.0).amax(-1, keepdim=True)
+        margin = pool.windows(rounding, 0.0).amax(-1, keepdim=True)
         # Among equal ones the first is taken by everybody, if they are equal from the start.
         others = (pool.windows(self.x, math.nan) != x) | (pool.windows(self.keep, 0.0) != keep)
         close = ~((pool.windows(dropped, -math.inf) - value).abs() > margin)

@@ -93,6 +93,15 @@ class Problem:
     def drops(self) -> bool:
         return self.training if self.stochastic is None else self.stochastic
 
+    @property
+    def has_kernel_that_pools(self) -> bool:
+        """Whether there is one for the call with its pool."""
+        if self.pool is None:
+            return False
+        drops_elements = self.drops and self.drop_p > 0 and self.drop_mode == "element"
+        few = math.prod(self.pool.kernel_size) <= 256 and len(self.pool.kernel_size) < 3
+        return few and self.residual is None and not drops_elements
+
 
 @dataclass
 class Tensors:
