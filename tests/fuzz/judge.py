@@ -113,13 +113,14 @@ class Rounding:
     """
 
     def __init__(self, t: Tensors, kernels: bool = True) -> None:
-        """`kernels`: whether ours compute, in float32 for 16 bits, or torch's layers, which round in between.
+        """`kernels`: if one of ours computes all, in float32 for 16 bits, not several steps, which round in between.
 
         Torch pools what is stored.
         """
         p = self.problem = t.problem
         self.tensors = t
         compute = torch.float32 if kernels and p.dtype != torch.float64 else p.dtype
+        self.stores_between = not kernels
         self.unit, self.tiny = _unit(compute)
         self.pools_stored = not (kernels and p.has_kernel_that_pools)
         x = self.x = _double(t.input)
@@ -367,6 +368,8 @@ def _overflows(rounding: Rounding) -> Tensor:
     if t.input.numel():
         largest_gradient = t.grad_output.double().transpose(0, 1).flatten(1).abs().amax(1)
         found |= ~(rounding.deviation.flatten() * largest_gradient < largest / 1e6)
+        if rounding.stores_between:
+            found |= rounding.scale.flatten() * largest_gradient >= torch.finfo(t.problem.dtype).max / 4
     return found
 
 

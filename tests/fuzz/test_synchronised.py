@@ -52,5 +52,5 @@ def _synchronised(t: Tensors) -> Tensor:
 )
 def test_sync_batch_norm_act(problem: Problem, backend: str) -> None:
     with fl.use_backend(backend):
-        calls.check(problem, _synchronised, kernels=backend == "cpp")
+        calls.check(problem, _synchronised, kernels=backend == "cpp", in_steps=True)
     profiles.count("sync_batch_norm_act")
