@@ -258,8 +258,10 @@ class Rounding:
         # In float64 the means of parts, whose differences merging takes, are as inexact; and the definition's own mean.
         inexact = self.unit * self.mean.abs() * (self.unit * self.mean.abs() + self.var.sqrt())
         inexact = inexact if p.dtype == torch.float64 else 0
+        # There the mean is the sum of a shift and of deviations from it, each of which is rounded.
+        summed = self.deviation.flatten() if p.dtype == torch.float64 else self.x.abs().mean(self.dims)
         return {
-            "running_mean": factor * self.unit * self.x.abs().mean(self.dims) + before * _double(t.running_mean).abs(),
+            "running_mean": factor * self.unit * summed + before * _double(t.running_mean).abs(),
             "running_var": factor * (self.unit * unbiased + inexact) + before * _double(t.running_var).abs(),
         }
 
