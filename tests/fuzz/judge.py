@@ -258,10 +258,12 @@ class Rounding:
         before = _unit(p.param_dtype)[0] * (1 + factor)
         unbiased = self.var * (self.count / max(self.count - 1, 1))
         # In float64 the means of parts, whose differences merging takes, are as inexact; and the definition's own mean.
-        inexact = self.unit * self.mean.abs() * (self.unit * self.mean.abs() + self.var.sqrt())
-        inexact = inexact if p.dtype == torch.float64 else 0
         # There the mean is the sum of a shift and of deviations from it, each of which is rounded.
-        summed = self.deviation.flatten() if p.dtype == torch.float64 else self.x.abs().mean(self.dims)
+        if p.dtype == torch.float64:
+            inexact = self.unit * self.mean.abs() * (self.unit * self.mean.abs() + self.var.sqrt())
+            summed = self.deviation.flatten()
+        else:
+            inexact, summed = torch.zeros_like(self.var), self.x.abs().mean(self.dims)
         return {
             "running_mean": factor * self.unit * summed + before * _double(t.running_mean).abs(),
             "running_var": factor * (self.unit * unbiased + inexact) + before * _double(t.running_var).abs(),
