@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,12 +20,10 @@ Operator = Callable[[Tensors], Tensor]
 def as_set(problem: Problem) -> Iterator[None]:
     """The switches of a problem, and its surroundings but for modes without gradients, which `judge.run` sees to."""
     with contextlib.ExitStack() as stack:
-        for switch, value, before in (
-            (fl.ops.set_cpu_capability, problem.capability, fl.ops.cpu_capability()),
-            (torch.set_num_threads, problem.threads, torch.get_num_threads()),
-        ):
-            stack.callback(switch, before)
-            switch(value)
+        stack.callback(fl.ops.set_cpu_capability, fl.ops.cpu_capability())
+        fl.ops.set_cpu_capability(problem.capability)
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(problem.threads)
         if problem.past_the_caches:
             stack.callback(fl.ops.set_last_level_cache_bytes, fl.ops.set_last_level_cache_bytes(0))
         if "float64 by default" in problem.surroundings:
@@ -107,7 +104,13 @@ def _layer(t: Tensors) -> nn.Module:
     return layer
 
 
-def check(problem: Problem, operator: Operator = by_function, kernels: bool = True, gpu: bool = False) -> None:
+def check(
+    problem: Problem,
+    operator: Operator = by_function,
+    kernels: bool = True,
+    gpu: bool = False,
+    in_steps: bool = False,
+) -> None:
     """Runs a call and compares everything that comes of it.
 
     Args:
@@ -115,10 +118,11 @@ def check(problem: Problem, operator: Operator = by_function, kernels: bool = Tr
         operator: what runs it.
         kernels: whether that is certainly our kernels, whose results have the input's layout and their own memory.
         gpu: whether they are those for GPUs.
+        in_steps: whether several compute each result, and torch pools.
     """
     with as_set(problem):
         tensors = make(problem, gpu)
-        rounding = judge.Rounding(tensors, kernels)
+        rounding = judge.Rounding(tensors, kernels and not in_steps)
         if not any("grad_output" in pair for pair in problem.same):
             tensors.memories["grad_output"].zero(rounding.unclear)
         copies = tensors.fresh(torch.float64), tensors.fresh()
@@ -126,28 +130,19 @@ def check(problem: Problem, operator: Operator = by_function, kernels: bool = Tr
         judge.assert_nothing_else_changed(tensors)
         if kernels:
             judge.assert_own_memory(results, tensors)
-            _check_layouts(results, tensors)
+            _check_layouts(results, tensors, in_steps)
         for copy in copies:
             copy.taken, copy.special = rounding.taken, rounding.special_channels()
         expected, theirs = judge.run(judge.exact, copies[0]), judge.run(judge.eager, copies[1])
         judge.Judge(rounding, expected, theirs).compare(results)
 
 
-def _check_layouts(results: judge.Results, t: Tensors) -> None:
+def _check_layouts(results: judge.Results, t: Tensors, torch_pools: bool) -> None:
     """The input's, but for what torch's max-pool makes of it behind our kernels."""
     p = t.problem
-    torch_pools = p.pool is not None and not _pools_itself(p)
-    if not torch_pools:
+    if p.pool is None or (p.has_kernel_that_pools and not torch_pools):
         output = results["output"]
         assert judge.has_right_layout(output, t.input, p.pool is not None), f"output: strides {output.stride()}"
     gradient = results.get("gradient of input")
     if gradient is not None:
         assert judge.has_right_layout(gradient, t.input, False), f"gradient of input: strides {gradient.stride()}"
-
-
-def _pools_itself(p: Problem) -> bool:
-    """Whether there is a kernel for the call with its pool."""
-    assert p.pool is not None
-    drops_elements = p.drops and p.drop_p > 0 and p.drop_mode == "element"
-    few = math.prod(p.pool.kernel_size) <= 256 and len(p.pool.kernel_size) < 3
-    return few and p.residual is None and not drops_elements

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -92,6 +93,15 @@ class Problem:
     def drops(self) -> bool:
         return self.training if self.stochastic is None else self.stochastic
 
+    @property
+    def has_kernel_that_pools(self) -> bool:
+        """Whether there is one for the call with its pool."""
+        if self.pool is None:
+            return False
+        drops_elements = self.drops and self.drop_p > 0 and self.drop_mode == "element"
+        few = math.prod(self.pool.kernel_size) <= 256 and len(self.pool.kernel_size) < 3
+        return few and self.residual is None and not drops_elements
+
 
 @dataclass
 class Tensors:
@@ -134,12 +144,11 @@ class Tensors:
             new = new.to(dtype) if dtype is not None and t.is_floating_point() else new
             return new.requires_grad_(t.requires_grad)
 
-        names = [
-            f.name
-            for f in dataclasses.fields(self)
-            if f.name not in ("problem", "mask", "memories", "taken", "special")
-        ]
-        fresh = dataclasses.replace(self, memories={}, **{name: copy(getattr(self, name)) for name in names})
+        kept = ("problem", "mask", "memories", "taken", "special")
+        copies: dict[str, Any] = {
+            f.name: copy(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in kept
+        }
+        fresh = dataclasses.replace(self, memories={}, **copies)
         if self.problem.pool is None:
             # In the input's layout: in others torch's backward is at times wrong.
             fresh.grad_output = torch.empty_like(fresh.input).copy_(fresh.grad_output)

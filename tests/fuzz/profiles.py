@@ -39,7 +39,9 @@ def register() -> None:
 
 def examples(share: float = 1.0) -> Callable[[Any], Any]:
     """Settings of a property that gets this share of the profile's examples."""
-    return settings(max_examples=max(1, round(settings.default.max_examples * share)))
+    profile = settings.default
+    assert profile is not None
+    return settings(max_examples=max(1, round(profile.max_examples * share)))
 
 
 def count(name: str) -> None:

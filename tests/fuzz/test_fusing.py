@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import given
@@ -88,6 +89,10 @@ _models = st.builds(
 )
 
 
+def _may_fall(act: Act) -> bool:
+    return act.name in ("RReLU", "LeakyReLU") or any(isinstance(a, float) and a < 0 for a in act.arguments)
+
+
 class _Built(nn.Module):
     def __init__(self, block: Block, dims: int, channels: int) -> None:
         super().__init__()
@@ -95,8 +100,8 @@ class _Built(nn.Module):
         norm = _NORMS[dims][block.norm](
             channels, momentum=block.momentum, affine=block.affine, track_running_stats=block.track
         )
-        act = block.act.module()
-        if block.style == "in place" and hasattr(act, "inplace") and block.act.name not in ("RReLU", "LeakyReLU"):
+        act: Any = block.act.module()
+        if block.style == "in place" and hasattr(act, "inplace") and not _may_fall(block.act):
             act.inplace = True  # torch cannot differentiate those with a negative slope
         takes = block.drop and not (block.drop == "Dropout1d" and dims > 1)
         drop = getattr(nn, block.drop)(block.p) if takes else nn.Identity()
@@ -165,7 +170,9 @@ def test_fuse(model: Model) -> None:
         warnings.simplefilter("ignore")  # of fused chains that fall back, and of dropouts for other dimensions
         exact, eager = _run(copy.deepcopy(original).double(), x.double(), 1), _run(copy.deepcopy(original), x, 1)
         fused = fl.fuse(copy.deepcopy(original))
-        assert len(fl.fusion_report(fused).fused) + len(fl.fusion_report(fused).not_fused) >= 0
+        report = fl.fusion_report(fused)
+        told = sorted([*(chain.norm for chain in report.fused), *(norm.norm for norm in report.not_fused)])
+        assert told == sorted(n for n, m in fused.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
         got = _run(fused, x, 1)
         back = fl.unfuse(fused)
         assert [type(m) for m in back.modules()] == [type(m) for m in original.modules()]
@@ -178,7 +185,9 @@ def test_fuse(model: Model) -> None:
 def _input(model: Model) -> Tensor:
     shape = (model.batch, model.channels, *(model.size,) * model.dims)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(model.seed)).to(model.dtype)
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if model.channels_last else x
+    # Of those torch's BatchNorm1d makes contiguous ones, ours keeps the layout: elements are drawn in another order.
+    reorders = model.dims == 1 and any(b.drop == "Dropout" or b.act.name == "RReLU" for b in model.blocks)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if model.channels_last and not reorders else x
 
 
 def _compare(name: str, got: Tensor, exact: Tensor, eager: Tensor) -> None:

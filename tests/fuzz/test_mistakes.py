@@ -58,18 +58,30 @@ def _tracks(a: Arguments) -> bool:
     return bool(a["training"]) and a["running_mean"] is not None
 
 
+def _always(value: Any) -> Callable[[Arguments], Any]:
+    return lambda a: value
+
+
+def _is_given(name: str) -> Callable[[Arguments], bool]:
+    return lambda a: a[name] is not None
+
+
+def _made_of(name: str, change: Callable[[Any], Any]) -> Callable[[Arguments], Any]:
+    return lambda a: change(a[name])
+
+
 def _of_tensor(
     wrong: dict[str, Callable[[Tensor], Any]], name: str, source: str = "", **options: Any
 ) -> Iterator[Mistake]:
     """Each of `wrong`, for the argument `name`, made of the tensor `source` where there is one."""
     source = source or name
     for text, change in wrong.items():
-        yield Mistake(name, text, lambda a, c=change: c(a[source]), lambda a: a[source] is not None, **options)
+        yield Mistake(name, text, _made_of(source, change), _is_given(source), **options)
 
 
 def _values(name: str, *wrong: Any, **options: Any) -> Iterator[Mistake]:
     for value in wrong:
-        yield Mistake(name, repr(value), lambda a, v=value: v, **options)
+        yield Mistake(name, repr(value), _always(value), **options)
 
 
 def _like(t: Tensor, **options: Any) -> Tensor:
@@ -145,6 +157,10 @@ def _takes_pools(a: Arguments) -> bool:
     return _spatial_dims(a) in _POOLS
 
 
+def _made_of_dims(change: Callable[[int], Any]) -> Callable[[Arguments], Any]:
+    return lambda a: change(_spatial_dims(a))
+
+
 #: Made of the number of spatial dimensions.
 _WRONG_POOLS: dict[str, Callable[[int], Any]] = {
     "too many dimensions": lambda dims: _POOLS[dims % 3 + 1](1),
@@ -168,36 +184,34 @@ _WRONG_POOLS: dict[str, Callable[[int], Any]] = {
 
 MISTAKES = [
     *(
-        Mistake("pool", text, lambda a, m=make: m(_spatial_dims(a)), _takes_pools, torch_knows=False)
-        for text, make in _WRONG_POOLS.items()
+        Mistake("pool", text, _made_of_dims(change), _takes_pools, torch_knows=False)
+        for text, change in _WRONG_POOLS.items()
     ),
     *(mistake for name in _VECTORS for mistake in _of_tensor(_WRONG_VECTORS, name)),
     *_of_tensor(_WRONG_INPUTS, "input"),
     *_of_tensor(_WRONG_RESIDUALS, "residual", "input", torch_knows=False),
     *(
-        Mistake(
-            name, "wants a gradient", lambda a, n=name: _like(a[n]).requires_grad_(), lambda a, n=name: a[n] is not None
-        )
+        Mistake(name, "wants a gradient", _made_of(name, lambda t: _like(t).requires_grad_()), _is_given(name))
         for name in ("running_mean", "running_var")
     ),
     *(
-        Mistake(name, "None", lambda a: None, lambda a, o=other: a[o] is not None)
+        Mistake(name, "None", _always(None), _is_given(other))
         for name, other in (("running_mean", "running_var"), ("running_var", "running_mean"))
     ),
-    Mistake("running_mean", "no statistics", lambda a: None, lambda a: not a["training"], (("running_var", None),)),
+    Mistake("running_mean", "no statistics", _always(None), lambda a: not a["training"], (("running_var", None),)),
     *_values("eps", -1e-5, -1.0, -math.inf, "1e-5", None),
-    Mistake("eps", "0 in training", lambda a: 0.0, lambda a: a["training"]),
+    Mistake("eps", "0 in training", _always(0.0), lambda a: a["training"]),
     *_values("momentum", "0.1", [0.1], applies=_tracks),
-    Mistake("momentum", "None", lambda a: None, _tracks, (("num_batches_tracked", None),)),
+    Mistake("momentum", "None", _always(None), _tracks, (("num_batches_tracked", None),)),
     *_values("drop_p", -0.1, 1.1, math.nan, math.inf, "0.5", None, torch_knows=False),
     *_values("drop_mode", "plane", "", None, 1, torch_knows=False),
     *_values("act", "rleu", "", 3, nn.Softmax, nn.PReLU(), F.relu, ["relu"], torch_knows=False),
     *(
-        Mistake("act_kwargs", f"{kwargs} of {act}", lambda a, k=kwargs: k, others=(("act", act),), torch_knows=False)
+        Mistake("act_kwargs", f"{kwargs} of {act}", _always(kwargs), others=(("act", act),), torch_knows=False)
         for act, kwargs in _WRONG_ACT_KWARGS
     ),
     *(
-        Mistake("num_batches_tracked", text, lambda a, v=value: v, _tracks, torch_knows=False)
+        Mistake("num_batches_tracked", text, _always(value), _tracks, torch_knows=False)
         for text, value in _WRONG_COUNTS.items()
     ),
 ]

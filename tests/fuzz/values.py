@@ -38,11 +38,9 @@ class Values:
         count = shape[1] if len(shape) > 1 else shape[0] if shape else 0
         if count == 0 or numbers.numel() == 0:
             return numbers
-        mean, std = (
-            torch.tensor(self.channels, dtype=torch.float64).repeat(-(-count // len(self.channels)), 1)[:count].T
-        )
         per_channel = (1, -1, *(1,) * (len(shape) - 2)) if len(shape) > 1 else (-1,)
-        numbers = numbers * std.reshape(per_channel) + mean.reshape(per_channel)
+        in_turn = torch.tensor(self.channels, dtype=torch.float64).repeat(-(-count // len(self.channels)), 1)[:count]
+        numbers = numbers * in_turn[:, 1].reshape(per_channel) + in_turn[:, 0].reshape(per_channel)
         if self.positive:
             numbers = numbers.abs()
         for index, value in self.specials:
