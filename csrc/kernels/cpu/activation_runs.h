@@ -17,7 +17,7 @@ struct RunAffine {
   bool per_element;
 
   FL_INLINE Vec<S> normalized(Vec<S> x, std::int64_t i) const {
-    const std::int64_t at = per_element ? i : 0;
+    const std::int64_t at = i & -std::int64_t{per_element};
     const auto load = [at](const S* p) { return detail::load_unaligned<S>(p + at); };
     return normalize(x, load(mean), load(scale), load(shift));
   }
@@ -41,7 +41,7 @@ template <class S>
 __attribute__((noinline)) void activation_values(const ActivationSpec& spec, const RunAffine<S>& affine,
                                                  const Runs& runs, const S* x, S* y) {
   with_activation<SimdMath<S>>(spec.kind, spec.params, [&](auto act) {
-    runs.each_vector([&](std::int64_t at, std::int64_t i) {
+    runs.each_vector([=](std::int64_t at, std::int64_t i) {
       detail::store_unaligned<S>(y + at, act.value(affine.normalized(detail::load_unaligned<S>(x + at), i)));
     });
   });
@@ -52,7 +52,7 @@ template <class S>
 __attribute__((noinline)) void activation_gradients(const ActivationSpec& spec, const RunAffine<S>& affine,
                                                     const Runs& runs, const S* x, S* g) {
   with_activation<SimdMath<S>>(spec.kind, spec.params, [&](auto act) {
-    runs.each_vector([&](std::int64_t at, std::int64_t i) {
+    runs.each_vector([=](std::int64_t at, std::int64_t i) {
       const Vec<S> z = affine.normalized(detail::load_unaligned<S>(x + at), i);
       detail::store_unaligned<S>(g + at, act.gradient(detail::load_unaligned<S>(g + at), z));
     });

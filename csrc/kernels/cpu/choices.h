@@ -94,6 +94,14 @@ FL_INLINE Vec<float> picked(Vec<float> a, const std::int32_t (&at)[kLanes], Vec<
 }
 #endif
 
+#if defined(__AVX512F__)
+// factor times the elements from p on, in these lanes; `rest` in the others, of which nothing is read.
+FL_INLINE Vec<float> product_where(std::uint16_t lanes, const float* p, float factor, float rest) {
+  const __m512 v = _mm512_maskz_loadu_ps(lanes, p);
+  return reinterpret_cast<Vec<float>>(_mm512_mask_mul_ps(_mm512_set1_ps(rest), lanes, v, _mm512_set1_ps(factor)));
+}
+#endif
+
 // The best candidate so far of each lane, by `key`, and its number.
 template <class S>
 struct Best {

@@ -30,8 +30,8 @@ class FetchAhead {
         distance_(distance),
         lines_(steps > 0 ? (pieces * (bytes_each / kLine + 1) + steps - 1) / steps : 0) {}
 
-  FL_INLINE void step() {
-    for (std::int64_t i = 0; i < lines_ && pieces_ > 0; ++i) {
+  FL_INLINE void step(std::int64_t steps = 1) {
+    for (std::int64_t i = 0; i < lines_ * steps && pieces_ > 0; ++i) {
       prefetch(piece_ + at_);
       at_ += kLine;
       if (at_ < bytes_) continue;

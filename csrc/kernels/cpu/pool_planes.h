@@ -179,16 +179,14 @@ class PlanesPoolForward {
       const std::int64_t width = args_.pool.width.input;
       const T* x = piece_start<T>(args_.input, Piece{n, input.begin * width, 0}, c);
       if (args_.monotone) {
-        pooler_.fill(x, input.count(), sign_of(c));
+        pooler_.pool(x, sign_of(c), to.rows, input, ahead_);
       } else {
         const std::int64_t count = input.count() * width;
         load_run(x, count, keys_.data());
         activation_values(args_.activation, run_of(c).affine(), Runs{count}, keys_.data(), keys_.data());
-        pooler_.fill(keys_.data(), input.count(), S{1});
+        pooler_.pool(keys_.data(), S{1}, to.rows, input, ahead_);
       }
-      pooler_.pool(to.rows, input, ahead_);
-      look_up(to, x, input.begin, sign_of(c));
-      store_run(pooler_.keys(), to.count, found_ + to.at);
+      store_found(to, x, input.begin, sign_of(c));
       if (!args_.positions) return;
       for_each_vector(to.count, [&](std::int64_t i, auto lanes) {
         store_numbers<S>(args_.positions + to.at + i, detail::load_unaligned<Number<S>>(pooler_.numbers() + i), lanes);
@@ -238,17 +236,18 @@ class PlanesPoolForward {
       if (args_.positions) std::memset(args_.positions + to.at, 0, static_cast<std::size_t>(to.count));
     }
 
-    // Replaces keys by elements; row `first` of the plane is at x.
-    void look_up(const Part& to, const T* x, std::int64_t first, S sign) {
+    // Writes the elements that the keys belong to; row `first` of the plane is at x.
+    void store_found(const Part& to, const T* x, std::int64_t first, S sign) {
       S* const keys = pooler_.keys();
-      if (args_.monotone && sign * sign == 1) {
-        for (std::int64_t i = 0; i < to.count; i += kLanes)
-          detail::store_unaligned<S>(keys + i, detail::load_unaligned<S>(keys + i) * sign);
-      } else {
-        FetchAhead nothing;
-        offsets_.each(to.rows, first, pooler_.numbers(), nothing,
-                      [&](std::int64_t i, std::int64_t at) { keys[i] = load_one(x + at); });
-      }
+      T* const found = found_ + to.at;
+      if (args_.monotone && sign * sign == 1)
+        return for_each_vector(to.count, [&](std::int64_t i, auto lanes) {
+          store(found + i, detail::load_unaligned<S>(keys + i) * sign, lanes);
+        });
+      FetchAhead nothing;
+      offsets_.each(to.rows, first, pooler_.numbers(), nothing,
+                    [&](std::int64_t i, std::int64_t at) { keys[i] = load_one(x + at); });
+      store_run(keys, to.count, found);
     }
 
     // Bytes from which on the processor itself fetches enough of a plane ahead.
@@ -320,7 +319,7 @@ class PlanesPoolBackward {
                      for (std::int64_t i = begin; i < end; ++i) {
                        const std::int64_t n = i / blocks_ / g.channels, c = i / blocks_ % g.channels;
                        worker.set_channels(c, c + 1);
-                       worker.write(n, c, i % blocks_, coefficients[c]);
+                       worker.write(n, c, i % blocks_, coefficients[c], nullptr);
                      }
                    });
   }
@@ -337,18 +336,28 @@ class PlanesPoolBackward {
 
   class Worker;
 
+  // Sums whose lanes are only added up at the end, which takes longer than a small plane's additions.
+  struct LaneSums {
+    Vec<double> grad{}, grad_deviation{};
+    GradientSums finish() const { return {sum_of_lanes<double>(grad), sum_of_lanes<double>(grad_deviation)}; }
+  };
+
   void run_channels(Worker& worker, std::int64_t begin, std::int64_t end) const {
     const std::int64_t batch = args_.geometry.batch;
-    GradientSums sums[ChannelBlocks::kMost];
+    LaneSums sums[ChannelBlocks::kMost];
     InputGradient coefficients[ChannelBlocks::kMost];
     worker.set_channels(begin, end);
     for (std::int64_t n = 0; n < batch; ++n)
-      for (std::int64_t c = begin; c < end; ++c) sums[c - begin].add(worker.sums(n, c, 0, args_.pool.outputs()));
-    for (std::int64_t c = begin; c < end; ++c) coefficients[c - begin] = finish_sums<T>(args_, c, sums[c - begin]);
+      for (std::int64_t c = begin; c < end; ++c) worker.add(n, c, 0, args_.pool.outputs(), sums[c - begin]);
+    for (std::int64_t c = begin; c < end; ++c)
+      coefficients[c - begin] = finish_sums<T>(args_, c, sums[c - begin].finish());
     if (!args_.grad_input.data) return;
     for (std::int64_t n = batch - 1; n >= 0; --n)
-      for (std::int64_t c = begin; c < end; ++c)
-        for (std::int64_t i = 0; i < blocks_; ++i) worker.write(n, c, i, coefficients[c - begin]);
+      for (std::int64_t c = begin; c < end; ++c) {
+        const T* const next = c + 1 < end ? worker.input_if_dropped(n, c + 1) : worker.input_if_dropped(n - 1, begin);
+        for (std::int64_t i = 0; i < blocks_; ++i)
+          worker.write(n, c, i, coefficients[c - begin], i + 1 == blocks_ ? next : nullptr);
+      }
   }
 
   void sums_of_parts(InputGradient* coefficients) const {
@@ -363,7 +372,9 @@ class PlanesPoolBackward {
                      for (std::int64_t i = begin; i < end; ++i) {
                        const std::int64_t from = i % parts * kPart, c = i / per_channel;
                        worker.set_channels(c, c + 1);
-                       sums[i] = worker.sums(i % per_channel / parts, c, from, smaller(from + kPart, outputs));
+                       LaneSums s;
+                       worker.add(i % per_channel / parts, c, from, smaller(from + kPart, outputs), s);
+                       sums[i] = s.finish();
                      }
                    });
     for (std::int64_t c = 0; c < g.channels; ++c) {
@@ -388,10 +399,9 @@ class PlanesPoolBackward {
       for (std::int64_t c = begin; c < end; ++c) runs_[c - begin].set(channel_affine<S>(args_, c));
     }
 
-    // Those of windows [begin, end) of a plane.
-    GradientSums sums(std::int64_t n, std::int64_t c, std::int64_t begin, std::int64_t end) {
-      if (dropped(n, c)) return {};
-      Vec<double> total{}, total_deviation{};
+    // Adds those of windows [begin, end) of a plane.
+    void add(std::int64_t n, std::int64_t c, std::int64_t begin, std::int64_t end, LaneSums& sums) {
+      if (dropped(n, c)) return;
       for (std::int64_t from = begin; from < end; from += kRun) {
         const std::int64_t count = smaller(kRun, end - from);
         find_gradients(n, c, from, count);
@@ -402,14 +412,18 @@ class PlanesPoolBackward {
           of_run += g;
           deviation_of_run += g * (detail::load_unaligned<S>(x_.data() + i) - mean);
         });
-        total += convert<Vec<double>>(of_run);
-        total_deviation += convert<Vec<double>>(deviation_of_run);
+        sums.grad += convert<Vec<double>>(of_run);
+        sums.grad_deviation += convert<Vec<double>>(deviation_of_run);
       }
-      return {sum_of_lanes<double>(total), sum_of_lanes<double>(total_deviation)};
     }
 
-    // Writes a block of a plane's input gradient.
-    void write(std::int64_t n, std::int64_t c, std::int64_t block, const InputGradient& coefficients) {
+    // A plane of the input that nothing is fetched of before it is written, if that is worth it.
+    const T* input_if_dropped(std::int64_t n, std::int64_t c) const {
+      return of_.prefetching_ && n >= 0 && dropped(n, c) ? piece_start<T>(args_.input, Piece{n, 0, 0}, c) : nullptr;
+    }
+
+    // Writes a block of a plane's input gradient. Meanwhile as much is fetched from `next` on.
+    void write(std::int64_t n, std::int64_t c, std::int64_t block, const InputGradient& coefficients, const T* next) {
       const PoolAxis& height = args_.pool.height;
       const std::int64_t begin = block * of_.rows_each_, width = args_.pool.width.input;
       const PlaneRows rows{begin, smaller(begin + of_.rows_each_, height.input)};
@@ -419,15 +433,28 @@ class PlanesPoolBackward {
       T* to = piece_start<T>(args_.grad_input, piece, c);
       const V mean = splat<V>(run_of(c).mean()), scale = splat<V>(run_of(c).scale());
       const V by_deviation = splat<V>(coefficients.by_deviation), constant = splat<V>(coefficients.constant);
-      for_each_vector(piece.length, [&](std::int64_t i, auto lanes) {
-        const V g = spread ? detail::load_unaligned<S>(spread + i) : V{};
-        const V gx =
-            args_.training ? input_gradient(g, load(input + i, lanes), mean, scale, by_deviation, constant) : g * scale;
-        of_.streaming_ ? stream(to + i, gx, lanes) : store(to + i, gx, lanes);
-      });
+      const auto spread_at = [&](std::int64_t i) { return detail::load_unaligned<S>(spread + i); };
+      const auto with = [&](V g, std::int64_t i, auto lanes) {
+        if (next) prefetch(next + i);
+        return input_gradient(g, load(input + i, lanes), mean, scale, by_deviation, constant);
+      };
+      if (!args_.training)
+        write_run(to, piece.length, [&](std::int64_t i, auto) { return (spread ? spread_at(i) : V{}) * scale; });
+      else if (spread)
+        write_run(to, piece.length, [&](std::int64_t i, auto lanes) { return with(spread_at(i), i, lanes); });
+      else
+        write_run(to, piece.length, [&](std::int64_t i, auto lanes) { return with(V{}, i, lanes); });
     }
 
    private:
+    // Writes gradient(i, lanes) to each vector of a run.
+    FL_INLINE void write_run(T* to, std::int64_t n, auto&& gradient) const {
+      if (of_.streaming_)
+        for_each_vector(n, [&](std::int64_t i, auto lanes) { stream(to + i, gradient(i, lanes), lanes); });
+      else
+        for_each_vector(n, [&](std::int64_t i, auto lanes) { store(to + i, gradient(i, lanes), lanes); });
+    }
+
     bool dropped(std::int64_t n, std::int64_t c) const {
       return args_.keep.planes && !args_.keep.planes[n * args_.geometry.channels + c];
     }
@@ -441,12 +468,14 @@ class PlanesPoolBackward {
     // Leaves what goes into the activation of windows [from, from + count), and its gradients, in scratch memory.
     void find_gradients(std::int64_t n, std::int64_t c, std::int64_t from, std::int64_t count) {
       const T* grad_output = piece_start<T>(args_.grad_output, Piece{n, from, count}, c);
-      load_run(static_cast<const T*>(args_.selected) + at(n, c, from), count, x_.data());
+      const T* selected = static_cast<const T*>(args_.selected) + at(n, c, from);
       const V keep_scale = splat<V>(args_.keep.scale);
-      for_each_vector(count, [&](std::int64_t i, auto lanes) {
-        detail::store_unaligned<S>(grad_.data() + i, load(grad_output + i, lanes) * keep_scale);
+      S *const x = x_.data(), *const grad = grad_.data();
+      for_each_vector(count, [=](std::int64_t i, auto lanes) {
+        detail::store_unaligned<S>(x + i, load(selected + i, lanes));
+        detail::store_unaligned<S>(grad + i, load(grad_output + i, lanes) * keep_scale);
       });
-      activation_gradients(args_.activation, run_of(c).affine(), Runs{count}, x_.data(), grad_.data());
+      activation_gradients(args_.activation, run_of(c).affine(), Runs{count}, x, grad);
     }
 
     // Returns the gradients of rows of the input, before the normalisation. Meanwhile these rows are fetched.

@@ -403,7 +403,6 @@ class TilePoolBackward {
         row_of_grad_(grad_rows_),
         x_(kWindowsTogether * step_),
         columns_(args.pool.width),
-        terms_(Pool::kMostPositions),
         ahead_(args.training && worth_prefetching<T>(args.geometry) ? kAhead : 0),
         windows_ahead_(worth_prefetching<T>(args.geometry) ? 1 + kGradAhead / t.channels : 0) {
     for (std::int64_t i = 0; i < grad_rows_; ++i) row_of_grad_[i] = -1;
@@ -436,50 +435,72 @@ class TilePoolBackward {
     for (std::int64_t o = height.first_window(h); o < height.windows_end(h); ++o) {
       if ((h - height.start(o)) % height.dilation != 0) continue;
       const std::int64_t of_windows = n * height.output + o;
-      row_terms[rows++] = {gradients_of(of_windows), of_windows * width.output,
+      row_terms[rows++] = {gradients_of(of_windows),
+                           args_.positions + of_windows * width.output * args_.geometry.channels + tile_.channel,
                            (h - height.start(o)) / height.dilation * width.kernel};
     }
-    for (std::int64_t w = 0; w < width.input; ++w) {
-      std::int64_t terms = 0;
-      for (std::int64_t r = 0; r < rows; ++r)
-        for (const AxisTaps::Tap* tap = columns_.begin(w); tap < columns_.end(w); ++tap)
-          terms_[terms++] = {
-              row_terms[r].grad + tap->window * step_,
-              args_.positions + (row_terms[r].output + tap->window) * args_.geometry.channels + tile_.channel,
-              row_terms[r].number + tap->number};
-      write_position(row * width.input + w, terms, by_deviation, constant, streaming);
-    }
+    for (std::int64_t w = 0; w < width.input; ++w)
+      write_position(row * width.input + w, {row_terms, rows, columns_.begin(w), columns_.end(w)}, by_deviation,
+                     constant, streaming);
   }
 
  private:
-  // A window that has the element, as `number`.
-  struct Term {
+  // A row of windows that has the image row, the first of whose elements there is `number`.
+  struct RowTerm {
     const S* grad;
     const std::uint8_t* positions;
     std::int64_t number;
   };
-  // A row of windows that has the image row, the first of whose elements there is `number`.
-  struct RowTerm {
-    const S* grad;
-    std::int64_t output, number;
+  // The windows that have a position: these of each row of windows.
+  struct Terms {
+    const RowTerm* row_terms;
+    std::int64_t rows;
+    const AxisTaps::Tap *taps, *taps_end;
   };
 
-  void write_position(std::int64_t at, std::int64_t terms, const ColumnArray<S>& by_deviation,
+  void write_position(std::int64_t at, const Terms& terms, const ColumnArray<S>& by_deviation,
                       const ColumnArray<S>& constant, bool streaming) const {
+    constexpr int kVectors = 4;
     const T* const input = input_.at(at);
     T* const to = grad_input_.at(at);
-    for_each_vector(tile_.channels, [&](std::int64_t i, auto lanes) {
-      if (ahead_) prefetch(input + i + ahead_);
-      V g{};
-      for (std::int64_t k = 0; k < terms; ++k) {
-        const Term& term = terms_[k];
-        g = add_where<S>(term.positions + i, term.number, g, detail::load_unaligned<S>(term.grad + i), lanes);
+    std::int64_t i = 0;
+    const auto write = [&](std::int64_t from, auto count, auto lanes) {
+      V g[count];
+      sum_terms(terms, from, g, lanes);
+      const auto each = [&](auto&& f) {
+        for (int v = 0; v < count; ++v) f(g[v], from + v * kLanes);
+      };
+      if (ahead_) each([&](V&, std::int64_t c) { prefetch(input + c + ahead_); });
+      if (args_.training)
+        each([&](V& gx, std::int64_t c) {
+          gx = input_gradient(gx, load(input + c, lanes), channels_.mean(c), channels_.scale(c), by_deviation.at(c),
+                              constant.at(c));
+        });
+      else
+        each([&](V& gx, std::int64_t c) { gx *= channels_.scale(c); });
+      if (streaming)
+        each([&](V gx, std::int64_t c) { stream(to + c, gx, lanes); });
+      else
+        each([&](V gx, std::int64_t c) { store(to + c, gx, lanes); });
+    };
+    for (; i + kVectors * kLanes <= tile_.channels; i += kVectors * kLanes)
+      write(i, std::integral_constant<int, kVectors>{}, AllLanes{});
+    for_each_vector(tile_.channels - i,
+                    [&](std::int64_t k, auto lanes) { write(i + k, std::integral_constant<int, 1>{}, lanes); });
+  }
+
+  // What windows give to vectors of channels of one position.
+  template <int kCount, class Lanes>
+  FL_INLINE void sum_terms(const Terms& terms, std::int64_t channel, V (&g)[kCount], Lanes lanes) const {
+    for (int v = 0; v < kCount; ++v) g[v] = V{};
+    for (const RowTerm* row = terms.row_terms; row < terms.row_terms + terms.rows; ++row)
+      for (const AxisTaps::Tap* tap = terms.taps; tap < terms.taps_end; ++tap) {
+        const S* const grad = row->grad + tap->window * step_ + channel;
+        const std::uint8_t* const positions = row->positions + tap->window * args_.geometry.channels + channel;
+        for (int v = 0; v < kCount; ++v)
+          g[v] = add_where<S>(positions + v * kLanes, row->number + tap->number, g[v],
+                              detail::load_unaligned<S>(grad + v * kLanes), lanes);
       }
-      const V gx = args_.training ? input_gradient(g, load(input + i, lanes), channels_.mean(i), channels_.scale(i),
-                                                   by_deviation.at(i), constant.at(i))
-                                  : g * channels_.scale(i);
-      streaming ? stream(to + i, gx, lanes) : store(to + i, gx, lanes);
-    });
   }
 
   // The gradients of a row of windows, computed once for all image rows that these have.
@@ -510,20 +531,22 @@ class TilePoolBackward {
 
   // Of what goes into the activations of adjacent windows, at most kWindowsTogether, which is left in x_.
   void find_gradients(std::int64_t window, std::int64_t count, S* grad) {
+    const std::int64_t grad_step = args_.grad_output.outer, selected_step = args_.geometry.channels;
+    const std::int64_t grad_ahead = windows_ahead_ * grad_step, selected_ahead = windows_ahead_ * selected_step;
+    const T* grad_output = static_cast<const T*>(args_.grad_output.data) + window * grad_step + tile_.channel;
+    const T* selected = static_cast<const T*>(args_.selected) + window * selected_step + tile_.channel;
+    const V keep_scale = splat<V>(args_.keep.scale);
+    S *grad_to = grad, *x_to = x_.data();
     for (std::int64_t k = 0; k < count; ++k) {
-      const T* grad_output =
-          static_cast<const T*>(args_.grad_output.data) + (window + k) * args_.grad_output.outer + tile_.channel;
-      const T* selected =
-          static_cast<const T*>(args_.selected) + (window + k) * args_.geometry.channels + tile_.channel;
-      const V keep_scale = splat<V>(args_.keep.scale);
-      for_each_vector(tile_.channels, [&](std::int64_t i, auto lanes) {
-        if (windows_ahead_) {
-          prefetch(grad_output + i + windows_ahead_ * args_.grad_output.outer);
-          prefetch(selected + i + windows_ahead_ * args_.geometry.channels);
+      for_each_vector(tile_.channels, [=](std::int64_t i, auto lanes) {
+        if (grad_ahead) {
+          prefetch(grad_output + i + grad_ahead);
+          prefetch(selected + i + selected_ahead);
         }
-        detail::store_unaligned<S>(grad + k * step_ + i, load(grad_output + i, lanes) * keep_scale);
-        detail::store_unaligned<S>(x_.data() + k * step_ + i, load(selected + i, lanes));
+        detail::store_unaligned<S>(grad_to + i, load(grad_output + i, lanes) * keep_scale);
+        detail::store_unaligned<S>(x_to + i, load(selected + i, lanes));
       });
+      grad_output += grad_step, selected += selected_step, grad_to += step_, x_to += step_;
     }
     activation_gradients(args_.activation, channels_.run(), Runs{tile_.channels, count, step_}, x_.data(), grad);
     if (!args_.keep.planes && tile_.channels == step_) return;
@@ -552,7 +575,6 @@ class TilePoolBackward {
   Scratch<std::int64_t> row_of_grad_;
   Scratch<S> x_;
   AxisTaps columns_;
-  Scratch<Term> terms_;
   std::int64_t ahead_, windows_ahead_;
 };
 

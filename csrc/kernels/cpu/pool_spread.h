@@ -66,10 +66,12 @@ const S* PlaneSpreader<S>::spread_pairs(PlaneRows input, PlaneRows output, const
                                         FetchAhead& ahead) {
   const std::int64_t width = pool_.width.input, windows = pool_.width.output, kernel = pool_.height.kernel;
   // A row's last vectors may reach into the next one, which is written after it.
-  for (std::int64_t row = input.begin; row < input.end; ++row) {
+  std::int64_t o = input.begin / kernel, tap = input.begin % kernel;
+  for (std::int64_t row = input.begin; row < input.end; ++row, ++tap) {
     ahead.step();
+    if (tap == kernel) ++o, tap = 0;
     S* const to = sums_.data() + (row - input.begin) * width;
-    const std::int64_t o = row / kernel, number = row % kernel * 2, from = (o - output.begin) * windows;
+    const std::int64_t number = tap * 2, from = (o - output.begin) * windows;
     if (o >= output.end) {
       for (std::int64_t i = 0; i < width; i += kLanes) detail::store_unaligned<S>(to + i, V{});
       continue;

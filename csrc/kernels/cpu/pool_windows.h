@@ -7,12 +7,22 @@
 // cache.
 #pragma once
 
+#include <type_traits>
+
 #include "choices.h"
 #include "pool.h"
 #include "pool_geometry.h"
 
 namespace fastlayers {
 inline namespace FASTLAYERS_ISA {
+
+// Whether there is an instruction that picks every other element of two vectors.
+template <class S>
+inline constexpr bool kSplitsPairs = false;
+#if defined(__AVX512F__)
+template <>
+inline constexpr bool kSplitsPairs<float> = true;
+#endif
 
 template <class S>
 class PlaneWindows {
@@ -29,6 +39,7 @@ class PlaneWindows {
   std::int64_t most_inputs() const { return most_rows_ * pool_.width.input; }
   // How often the horizontal step takes a vector, for so many rows of the input.
   std::int64_t steps(std::int64_t rows) const {
+    if (pairs_) return rows / 2 * row_vectors_;
     return flat_ ? (rows * outputs_ + kLanes - 1) / kLanes : rows * row_vectors_;
   }
 
@@ -44,6 +55,7 @@ class PlaneWindows {
 
   Pool pool_;
   std::int64_t stride_;
+  bool pairs_;                  // windows are two by two elements, no two of them share one, and all of them exist
   bool flat_;                   // no window leaves its row, or shares its elements: rows follow each other like one
   std::int64_t shift_;          // how far into a phase the last tap starts
   std::int64_t row_vectors_;    // that hold a row's windows, if not flat
@@ -57,6 +69,10 @@ template <class S>
 PlaneWindows<S>::PlaneWindows(const Pool& pool) : pool_(pool), stride_(pool.width.stride) {
   const PoolAxis& width = pool.width;
   const std::int64_t reach = (width.kernel - 1) * width.dilation;
+  const auto in_twos = [](const PoolAxis& a) {
+    return a.kernel == 2 && a.stride == 2 && a.dilation == 1 && a.padding == 0 && 2 * a.output <= a.input;
+  };
+  pairs_ = kSplitsPairs<S> && in_twos(width) && in_twos(pool.height);
   flat_ = width.padding == 0 && width.input == width.output * stride_ && reach < stride_;
   shift_ = reach / stride_;
   row_vectors_ = (width.output + kLanes - 1) / kLanes;
@@ -85,7 +101,26 @@ class PlanePooler {
  public:
   explicit PlanePooler(const PlaneWindows<S>& windows);
 
-  // Takes `rows` rows of keys, which are `sign` times what is found at x, without gaps.
+  // Pools rows of the output. Keys are `sign` times what is found at x, the rows of the input, without gaps.
+  template <class From>
+  void pool(const From* x, S sign, PlaneRows output, PlaneRows input, FetchAhead& ahead) {
+    if constexpr (kSplitsPairs<S>) {
+      if (w_.pairs_) return pool_pairs(x, sign, output, ahead);
+    }
+    if (!w_.flat_ && take_rows_apart(x, sign, input.count())) return pool(output, input, ahead);
+    fill(x, input.count(), sign);
+    if (w_.flat_)
+      take_apart(1, vectors_for(input.count() * w_.outputs_));
+    else
+      take_apart(input.count(), vectors_of_phase());
+    pool(output, input, ahead);
+  }
+
+  // The keys and numbers of the last pooled rows, without gaps; there is room for a whole vector behind their end.
+  S* keys() const { return keys_.data(); }
+  Number<S>* numbers() const { return numbers_.data(); }
+
+ private:
   template <class From>
   void fill(const From* x, std::int64_t rows, S sign) {
     const std::int64_t width = w_.pool_.width.input;
@@ -94,14 +129,16 @@ class PlanePooler {
       fill_line(lines_.data() + row * w_.line_ + w_.pool_.width.padding, x + row * width, width, sign);
   }
 
-  // Pools these rows, the rows of the input having been filled in.
+  // Pools these rows, the rows of the input having been taken apart.
   void pool(PlaneRows output, PlaneRows input, FetchAhead& ahead);
 
-  // The keys and numbers of the last pooled rows, without gaps; there is room for a whole vector behind their end.
-  S* keys() const { return keys_.data(); }
-  Number<S>* numbers() const { return numbers_.data(); }
+  // Two rows of the input at a time, straight from x: nothing on the way is written down.
+  template <class From>
+  void pool_pairs(const From* x, S sign, PlaneRows output, FetchAhead& ahead);
+  // The first and the second elements of adjacent pairs.
+  template <class From, class Lanes>
+  FL_INLINE static void load_pairs(const From* from, Lanes lanes, V* to);
 
- private:
   // What is behind x in the last vector is -inf in the line.
   template <class From>
   FL_INLINE static void fill_line(S* line, const From* x, std::int64_t n, S sign) {
@@ -117,12 +154,28 @@ class PlanePooler {
     return live ? v : rest;
   }
 
+  static std::int64_t vectors_for(std::int64_t n) { return (n + kLanes - 1) / kLanes; }
+  // That windows read of a row's phase.
+  std::int64_t vectors_of_phase() const { return vectors_for(w_.pool_.width.output + w_.shift_); }
+
   // Element i of phase p is element i * stride + p of the line, in each of `lines` lines.
   void take_apart(std::int64_t lines, std::int64_t vectors);
   template <int kStride>
   void take_apart_by(std::int64_t lines, std::int64_t vectors);
   template <int kStride>
   FL_INLINE static void take_apart(const S* line, std::int64_t stride, std::int64_t phase, std::int64_t vectors, S* to);
+  // The same straight from x, without lines, where there are instructions for that; returns whether it was done.
+  template <class From>
+  bool take_rows_apart(const From* x, S sign, std::int64_t rows) {
+    if constexpr (kSplitsPairs<S> && std::is_same_v<From, S>) {
+      const std::int64_t vectors = vectors_of_phase();
+      if (w_.stride_ == 2) return take_rows_apart<2>(x, sign, rows, vectors), true;
+      if (w_.stride_ == 3) return take_rows_apart<3>(x, sign, rows, vectors), true;
+    }
+    return false;
+  }
+  template <int kStride>
+  void take_rows_apart(const S* x, S sign, std::int64_t rows, std::int64_t vectors);
   // Vectors of adjacent windows, and the distances from one to the next.
   struct Across {
     std::int64_t vectors;
@@ -137,6 +190,7 @@ class PlanePooler {
   const PlaneWindows<S>& w_;
   Scratch<S> lines_, phases_, row_keys_, keys_;
   Scratch<Number<S>> row_numbers_, numbers_, first_taps_;
+  Scratch<std::uint16_t> there_;  // which lanes of a line's vectors are elements of the row
   Scratch<std::int64_t> taps_;    // where in the phases a tap's element for the first window is
   std::int64_t phase_pitch_ = 0;  // from one phase to the next
 };
@@ -151,12 +205,20 @@ PlanePooler<S>::PlanePooler(const PlaneWindows<S>& w)
       row_numbers_(w.most_rows_ * w.outputs_ + kLanes),
       numbers_(w.most_outputs() + kLanes),
       first_taps_(w.row_vectors_ * kLanes),
+      there_(w.line_ / kLanes + 1),
       taps_(w.pool_.width.kernel) {
   const PoolAxis& width = w.pool_.width;
   const std::int64_t all = w.most_rows_ * w.line_ + (w.stride_ + 1) * kLanes;
   for (std::int64_t i = 0; i < all; ++i) lines_[i] = -std::numeric_limits<S>::infinity();
   for (std::int64_t o = 0; o < w.row_vectors_ * kLanes; ++o)
     first_taps_[o] = static_cast<Number<S>>(o < width.output ? width.first(o) : 0);
+  for (std::int64_t i = 0; i < w.line_ / kLanes; ++i) {
+    there_[i] = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const std::int64_t column = i * kLanes + lane - width.padding;
+      if (column >= 0 && column < width.input) there_[i] |= static_cast<std::uint16_t>(1u << lane);
+    }
+  }
   phase_pitch_ = w.flat_ ? rounded_up(w.most_rows_ * w.phase_, kLanes) : w.phase_;
   for (std::int64_t k = 0; k < width.kernel; ++k) {
     const std::int64_t at = k * width.dilation;
@@ -194,32 +256,88 @@ alignas(64) inline constexpr Picked kPickedBy2(2), kPickedBy3(3);
 
 }  // namespace detail
 
-template <>
-template <>
-FL_INLINE void PlanePooler<float>::take_apart<2>(const float* line, std::int64_t, std::int64_t phase,
-                                                 std::int64_t vectors, float* to) {
-  for (std::int64_t i = 0; i < vectors * kLanes; i += kLanes) {
-    const V a = detail::load_unaligned<float>(line + 2 * i), b = detail::load_unaligned<float>(line + 2 * i + kLanes);
-    for (int p = 0; p < 2; ++p)
-      detail::store_unaligned<float>(to + p * phase + i, picked(a, detail::kPickedBy2.at[0][p], b));
+// Of a line whose vectors are line(0), line(1) and so on.
+template <int kStride>
+FL_INLINE void take_vectors_apart(std::int64_t phase, std::int64_t vectors, float* to, auto&& line) {
+  for (std::int64_t i = 0; i < vectors; ++i, to += kLanes) {
+    const Vec<float> a = line(kStride * i), b = line(kStride * i + 1);
+    if constexpr (kStride == 2) {
+      for (int p = 0; p < 2; ++p)
+        detail::store_unaligned<float>(to + p * phase, picked(a, detail::kPickedBy2.at[0][p], b));
+    } else {
+      const Vec<float> c = line(kStride * i + 2);
+      for (int p = 0; p < 3; ++p) {
+        const Vec<float> of_two = picked(a, detail::kPickedBy3.at[0][p], b);
+        detail::store_unaligned<float>(to + p * phase, picked(of_two, detail::kPickedBy3.at[1][p], c));
+      }
+    }
   }
 }
 
 template <>
 template <>
+FL_INLINE void PlanePooler<float>::take_apart<2>(const float* line, std::int64_t, std::int64_t phase,
+                                                 std::int64_t vectors, float* to) {
+  take_vectors_apart<2>(phase, vectors, to,
+                        [=](std::int64_t i) { return detail::load_unaligned<float>(line + i * kLanes); });
+}
+template <>
+template <>
 FL_INLINE void PlanePooler<float>::take_apart<3>(const float* line, std::int64_t, std::int64_t phase,
                                                  std::int64_t vectors, float* to) {
-  for (std::int64_t i = 0; i < vectors * kLanes; i += kLanes) {
-    const float* from = line + 3 * i;
-    const V a = detail::load_unaligned<float>(from), b = detail::load_unaligned<float>(from + kLanes);
-    const V c = detail::load_unaligned<float>(from + 2 * kLanes);
-    for (int p = 0; p < 3; ++p) {
-      const V of_two = picked(a, detail::kPickedBy3.at[0][p], b);
-      detail::store_unaligned<float>(to + p * phase + i, picked(of_two, detail::kPickedBy3.at[1][p], c));
-    }
-  }
+  take_vectors_apart<3>(phase, vectors, to,
+                        [=](std::int64_t i) { return detail::load_unaligned<float>(line + i * kLanes); });
+}
+
+template <>
+template <int kStride>
+void PlanePooler<float>::take_rows_apart(const float* x, float sign, std::int64_t rows, std::int64_t vectors) {
+  const PoolAxis& width = w_.pool_.width;
+  float* to = phases_.data();
+  const std::uint16_t* const there = there_.data();
+  for (std::int64_t row = 0; row < rows; ++row, x += width.input, to += kStride * w_.phase_)
+    take_vectors_apart<kStride>(phase_pitch_, vectors, to, [=, from = x - width.padding](std::int64_t i) {
+      return product_where(there[i], from + i * kLanes, sign, -std::numeric_limits<float>::infinity());
+    });
 }
 #endif
+
+#if defined(__AVX512F__)
+template <>
+template <class From, class Lanes>
+FL_INLINE void PlanePooler<float>::load_pairs(const From* from, Lanes lanes, V* to) {
+  V a, b;
+  if constexpr (std::is_same_v<Lanes, AllLanes>) {
+    a = load(from, lanes), b = load(from + kLanes, lanes);
+  } else {
+    const int count = 2 * lanes.count, in_first = count < kLanes ? count : kLanes;
+    a = load(from, FirstLanes{in_first}), b = load(from + in_first, FirstLanes{count - in_first});
+  }
+  for (int p = 0; p < 2; ++p) to[p] = picked(a, detail::kPickedBy2.at[0][p], b);
+}
+#endif
+
+template <class S>
+template <class From>
+void PlanePooler<S>::pool_pairs(const From* x, S sign, PlaneRows output, FetchAhead& ahead) {
+  constexpr int kPositions = 4;
+  const std::int64_t width = w_.pool_.width.input, windows = w_.pool_.width.output;
+  S* keys = keys_.data();
+  Number<S>* numbers = numbers_.data();
+  // A row's last vectors reach into the next one, which is written after it.
+  for (std::int64_t o = output.begin; o < output.end; ++o, x += 2 * width, keys += windows, numbers += windows) {
+    for_each_vector(windows, [&](std::int64_t i, auto lanes) {
+      ahead.step();
+      V elements[kPositions];
+      load_pairs(x + 2 * i, lanes, elements);
+      load_pairs(x + width + 2 * i, lanes, elements + 2);
+      Best<S> best{elements[0] * sign, all_numbered<S>(0)};
+      for (int k = 1; k < kPositions; ++k) best.offer(elements[k] * sign, all_numbered<S>(k));
+      detail::store_unaligned<S>(keys + i, best.key);
+      detail::store_unaligned<Number<S>>(numbers + i, best.number);
+    });
+  }
+}
 
 template <class S>
 template <int kStride>
@@ -252,11 +370,11 @@ template <int kTogether>
 FL_INLINE void PlanePooler<S>::pool_across(const Across& v, std::int64_t first, FetchAhead& ahead) const {
   const std::int64_t taps = w_.pool_.width.kernel;
   const S* phases = v.phases + first * v.from_step;
+  // Nothing else in the loop over `best`: it has to be unrolled for that to be registers.
+  ahead.step(kTogether);
   Best<S> best[kTogether];
-  for (int u = 0; u < kTogether; ++u) {
-    ahead.step();
+  for (int u = 0; u < kTogether; ++u)
     best[u] = Best<S>::none(detail::load_unaligned<Number<S>>(first_taps_.data() + (first + u) * v.first_step));
-  }
   Numbers<S> number{};
   for (std::int64_t k = 0; k < taps; ++k, number += 1)
     for (int u = 0; u < kTogether; ++u)
@@ -271,8 +389,11 @@ FL_INLINE void PlanePooler<S>::pool_across(const Across& v, std::int64_t first, 
 template <class S>
 void PlanePooler<S>::pool_column(std::int64_t o, PlaneRows input, S* keys, Number<S>* numbers) const {
   const PoolAxis& height = w_.pool_.height;
-  const std::int64_t first = height.first(o), end = height.end(o);
-  const std::int64_t from = height.start(o) + first * height.dilation - input.begin;
+  // Only windows at the edges cost divisions.
+  const std::int64_t start = height.start(o);
+  const bool whole = start >= 0 && start + height.extent() <= height.input;
+  const std::int64_t first = whole ? 0 : height.first(o), end = whole ? height.kernel : height.end(o);
+  const std::int64_t from = start + first * height.dilation - input.begin;
   for (std::int64_t i = 0; i < w_.pool_.width.output; i += kLanes) {
     std::int64_t at = from * w_.outputs_ + i;
     Numbers<S> row = all_numbered<S>(first * w_.pool_.width.kernel);
@@ -291,15 +412,11 @@ void PlanePooler<S>::pool_column(std::int64_t o, PlaneRows input, S* keys, Numbe
 
 template <class S>
 void PlanePooler<S>::pool(PlaneRows output, PlaneRows input, FetchAhead& ahead) {
-  const auto vectors_for = [](std::int64_t n) { return (n + kLanes - 1) / kLanes; };
   const S* phases = w_.stride_ == 1 ? lines_.data() : phases_.data();
   const std::int64_t pitch = w_.stride_ == 1 ? w_.line_ : w_.stride_ * w_.phase_;
   if (w_.flat_) {
-    const std::int64_t vectors = vectors_for(input.count() * w_.outputs_);
-    take_apart(1, vectors);
-    pool_across({vectors, phases, kLanes, 0, kLanes, 0}, ahead);
+    pool_across({vectors_for(input.count() * w_.outputs_), phases, kLanes, 0, kLanes, 0}, ahead);
   } else {
-    take_apart(input.count(), vectors_for(w_.pool_.width.output + w_.shift_));
     if (w_.row_vectors_ == 1) {
       pool_across({input.count(), phases, pitch, 0, w_.outputs_, 0}, ahead);
     } else {
