@@ -47,7 +47,7 @@ class Choice(NamedTuple):
 
 
 class OpSet(Protocol):
-    """The operators of a backend, by the schemas of csrc/torch/library.cpp.
+    """The operators of a backend, by the schemas of csrc/torch/schemas.h.
 
     What they save for their own backward (``flat_bits``, masks of bits, seeds) has a format of their own.
     """

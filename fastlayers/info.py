@@ -36,12 +36,13 @@ def _versions() -> dict[str, str]:
         "fastlayers": fl.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "triton": _installed_version("triton"),
+        "triton": installed_version("triton"),
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
 
-def _installed_version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """The version of a package, or that it is not there."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

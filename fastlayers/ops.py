@@ -1,6 +1,6 @@
 """The compiled operators, with the shapes that torch.compile needs of them.
 
-The schemas are in csrc/torch/library.cpp. None has autograd: `fastlayers.autograd` wraps them.
+The schemas are in csrc/torch/schemas.h. None has autograd: `fastlayers.autograd` wraps them.
 """
 
 from __future__ import annotations

@@ -296,8 +296,8 @@ def far_apart(t: Tensor) -> Tensor:
     return flat.as_strided(t.shape, (distance, *t.stride()[1:])).copy_(t)
 
 
-class _AnyForward:
-    """What one call of forward is given, whether it pools or not, and what it saves for backward."""
+class _AnyCall:
+    """One call of the kernels, forward or backward, pooling or not: its arguments and results."""
 
     def __init__(
         self, args: Any, emulation: Emulation, emulated: EmulatedSample, activation: activations.Activation
@@ -307,8 +307,26 @@ class _AnyForward:
         args.shape, args.dtype = shape_of(module, sample.input), dtype_of(module, case.dtype)
         args.activation = module.ActivationCall(activation.code, activation.params)
         args.keep = call.keep(emulated.mask, case.drop_p)
-        args.input, args.residual = call.source(sample.input), call.source(sample.residual)
         args.weight, args.bias = call.channels(sample.weight), call.channels(sample.bias)
+        args.training = case.training
+        self.results: Results = {}
+
+    def finish(self, plan: Any, kernels: Any) -> None:
+        """Runs the kernels as planned."""
+        self.call.emulation.plans.append(plan)
+        kernels(self.args, plan, self.call.workspace(plan))
+        self.call.memory.check()
+
+
+class _AnyForward(_AnyCall):
+    """What one call of forward is given, whether it pools or not, and what it saves for backward."""
+
+    def __init__(
+        self, args: Any, emulation: Emulation, emulated: EmulatedSample, activation: activations.Activation
+    ) -> None:
+        super().__init__(args, emulation, emulated, activation)
+        sample, case, call = emulated.sample, emulated.sample.case, self.call
+        args.input, args.residual = call.source(sample.input), call.source(sample.residual)
         state = {
             name: call.memory.copy(t)
             for name in ("running_mean", "running_var", "num_batches_tracked")
@@ -318,17 +336,10 @@ class _AnyForward:
         args.running_var = call.channel_target(state.get("running_var"))
         if case.training and "num_batches_tracked" in state:
             args.num_batches_tracked = state["num_batches_tracked"].data_ptr()
-        args.training, args.eps = case.training, case.eps
-        args.momentum, args.cumulative = case.momentum or 0.0, case.momentum is None
+        args.eps, args.momentum, args.cumulative = case.eps, case.momentum or 0.0, case.momentum is None
         self.mean, self.invstd = (call.memory.empty((case.shape[1],), torch.float64) for _ in range(2))
         args.mean, args.invstd = self.mean.data_ptr(), self.invstd.data_ptr()
-        self.results: Results = dict(state)
-
-    def finish(self, plan: Any, kernels: Any) -> None:
-        """Runs the kernels as planned."""
-        self.call.emulation.plans.append(plan)
-        kernels(self.args, plan, self.call.workspace(plan))
-        self.call.memory.check()
+        self.results |= state
 
 
 class Forward(_AnyForward):
@@ -382,7 +393,7 @@ class PooledForward(_AnyForward):
         self.finish(module.plan_pooled_forward(args, emulation.device(call.rows)), module.batch_norm_act_pool_forward)
 
 
-class _AnyBackward:
+class _AnyBackward(_AnyCall):
     def __init__(
         self,
         args: Any,
@@ -392,13 +403,9 @@ class _AnyBackward:
         forward: _AnyForward,
         wanted: Wanted,
     ) -> None:
-        sample, case, module = emulated.sample, emulated.sample.case, emulation.module
-        self.args, self.call = args, (call := Call(emulation, sample.input))
-        args.shape, args.dtype = shape_of(module, sample.input), dtype_of(module, case.dtype)
-        args.activation = module.ActivationCall(activation.code, activation.params)
-        args.keep = call.keep(emulated.mask, case.drop_p)
+        super().__init__(args, emulation, emulated, activation)
+        sample, case, call = emulated.sample, emulated.sample.case, self.call
         args.grad_output = call.source(sample.grad_output)
-        self.results: Results = {}
         if wanted.input:
             self.results["gradient of input"], args.grad_input = call.result(case.dtype)
         for name, parameter in (("weight", sample.weight), ("bias", sample.bias)):
@@ -407,15 +414,8 @@ class _AnyBackward:
             gradient = call.memory.empty(parameter.shape, parameter.dtype)
             self.results[f"gradient of {name}"] = gradient
             setattr(args, f"grad_{name}", call.channel_target(gradient))
-        args.weight, args.bias = call.channels(sample.weight), call.channels(sample.bias)
         args.mean = call.memory.constant(forward.mean).data_ptr()
         args.invstd = call.memory.constant(forward.invstd).data_ptr()
-        args.training = case.training
-
-    def finish(self, plan: Any, kernels: Any) -> None:
-        self.call.emulation.plans.append(plan)
-        kernels(self.args, plan, self.call.workspace(plan))
-        self.call.memory.check()
 
 
 class _Backward(_AnyBackward):
@@ -457,3 +457,24 @@ class _PooledBackward(_AnyBackward):
             args.whole_input = call.source(sample.input)
         args.input, args.positions = call.source(forward.selected), call.source(forward.positions).data
         self.finish(module.plan_pooled_backward(args, emulation.device(call.rows)), module.batch_norm_act_pool_backward)
+
+
+def check_unwanted(emulation: Emulation, given: EmulatedSample, wanted: Wanted) -> None:
+    """Gradients that nobody wants are not computed, and the others are the same."""
+    everything, some = run(emulation, given), run(emulation, given, wanted)
+    assert 0 < len(some) < len(everything)
+    for name, got in some.items():
+        torch.testing.assert_close(got, everything[name], msg=name)
+
+
+def check_same(emulation: Emulation, given: EmulatedSample, **tensors: Any) -> None:
+    """The same bits with other `tensors` of the same values in the sample."""
+    other = dataclasses.replace(given, sample=dataclasses.replace(given.sample, **tensors))
+    expected = run(emulation, given)
+    for name, got in run(emulation, other).items():
+        assert torch.equal(got, expected[name]), name
+
+
+def gaps_of(sample: Sample) -> dict[str, Any]:
+    """Parameters and statistics with gaps."""
+    return {name: with_gaps(getattr(sample, name)) for name in ("weight", "bias", "running_mean", "running_var")}

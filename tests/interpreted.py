@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +18,8 @@ from torch import Tensor
 
 import fastlayers as fl
 from fastlayers import backends
+from tests.cases import Sample
+from tests.oracle import fused, run
 
 _PROBLEM = backends._problem_of_triton("cpu", None) if os.environ.get("TRITON_INTERPRET") == "1" else "not interpreted"
 if _PROBLEM is not None and not torch.cuda.is_available():
@@ -141,3 +143,17 @@ def turn_around_the_order(patch: pytest.MonkeyPatch) -> None:
         original(self, *(size - 1 - i for size, i in zip(self.grid_dim, at, strict=True)))
 
     patch.setattr(InterpreterBuilder, "set_grid_idx", last_first)
+
+
+def check_same_again(sample: Sample, change: Callable[[], object]) -> None:
+    """Results of the operator stay the same, bit by bit, when `change` was called."""
+    expected = run(fused, sample.fresh())
+    change()
+    again = run(fused, sample.fresh())
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def widen_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has all tensors take offsets of 64 bits."""
+    monkeypatch.setattr(plans, "WIDE_FROM", 0)
+    forget()

@@ -30,7 +30,6 @@ from tests.emulated import (
     is_rows,
     make_emulated_sample,
     shape_of,
-    with_gaps,
     with_options,
 )
 from tests.layouts import in_layout
@@ -248,15 +247,10 @@ def test_results_do_not_depend_on_the_order_of_threads_emulated(case: Case, gpu:
 def test_gradients_that_nobody_wants_emulated(
     case: Case, gpu: str, training: bool, wanted: Wanted, emulation: Emulation
 ) -> None:
-    """They are not computed, and the others are the same."""
     given = make_emulated_sample(
         dataclasses.replace(case, training=training, act="silu", residual="contiguous", drop_p=0.3)
     )
-    on_gpu = with_options(emulation, gpu=gpu)
-    everything, some = emulated.run(on_gpu, given), emulated.run(on_gpu, given, wanted)
-    assert 0 < len(some) < len(everything)
-    for name, got in some.items():
-        torch.testing.assert_close(got, everything[name], msg=name)
+    emulated.check_unwanted(with_options(emulation, gpu=gpu), given, wanted)
 
 
 @pytest.mark.parametrize("parameter_dtype", DTYPES, ids=str)
@@ -265,13 +259,7 @@ def test_parameters_and_statistics_with_gaps_emulated(
     case: Case, gpu: str, parameter_dtype: torch.dtype, emulation: Emulation
 ) -> None:
     given = make_emulated_sample(dataclasses.replace(case, param_dtype=parameter_dtype, act="relu"))
-    names = ("weight", "bias", "running_mean", "running_var")
-    gaps: dict[str, Any] = {name: with_gaps(getattr(given.sample, name)) for name in names}
-    apart = dataclasses.replace(given, sample=dataclasses.replace(given.sample, **gaps))
-    on_gpu = with_options(emulation, gpu=gpu)
-    expected, results = emulated.run(on_gpu, given), emulated.run(on_gpu, apart)
-    for name, got in results.items():
-        assert torch.equal(got, expected[name]), name
+    emulated.check_same(with_options(emulation, gpu=gpu), given, **emulated.gaps_of(given.sample))
 
 
 @pytest.mark.parametrize("options", [{}, {"residual": "contiguous", "act": "gelu", "drop_p": 0.3}], ids=str)
@@ -282,16 +270,10 @@ def test_strides_beyond_32_bits_emulated(
 ) -> None:
     given = make_emulated_sample(Case(shape, dtype=bf16, **options))
     sample = given.sample
-    far = dataclasses.replace(
-        sample,
-        input=far_apart(sample.input),
-        grad_output=far_apart(sample.grad_output),
-        residual=None if sample.residual is None else far_apart(sample.residual),
-    )
-    on_gpu = with_options(emulation, gpu=gpu)
-    expected = emulated.run(on_gpu, given)
-    for name, got in emulated.run(on_gpu, dataclasses.replace(given, sample=far)).items():
-        assert torch.equal(got, expected[name]), name
+    far = {
+        name: far_apart(t) for name in ("input", "grad_output", "residual") if (t := getattr(sample, name)) is not None
+    }
+    emulated.check_same(with_options(emulation, gpu=gpu), given, **far)
 
 
 def flat_bits_of(bits: Tensor, like: Tensor) -> Tensor:

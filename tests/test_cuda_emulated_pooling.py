@@ -22,7 +22,6 @@ from tests.emulated import (
     check,
     far_apart,
     make_emulated_sample,
-    with_gaps,
     with_options,
 )
 from tests.layouts import in_layout
@@ -295,13 +294,8 @@ def test_results_do_not_depend_on_the_order_of_threads_pooled(case: Case, gpu: s
 def test_gradients_that_nobody_wants_pooled(
     case: Case, gpu: str, training: bool, wanted: Wanted, emulation: Emulation
 ) -> None:
-    """They are not computed, and the others are the same."""
     given = make_emulated_sample(dataclasses.replace(case, training=training, act="silu", drop_p=0.3))
-    on_gpu = with_options(emulation, gpu=gpu)
-    everything, some = emulated.run(on_gpu, given), emulated.run(on_gpu, given, wanted)
-    assert len(some) < len(everything)
-    for name, got in some.items():
-        torch.testing.assert_close(got, everything[name], msg=name)
+    emulated.check_unwanted(with_options(emulation, gpu=gpu), given, wanted)
 
 
 @pytest.mark.parametrize("parameter_dtype", DTYPES, ids=str)
@@ -310,13 +304,7 @@ def test_parameters_and_statistics_with_gaps_pooled(
     case: Case, gpu: str, parameter_dtype: torch.dtype, emulation: Emulation
 ) -> None:
     given = make_emulated_sample(dataclasses.replace(case, param_dtype=parameter_dtype, act="relu"))
-    names = ("weight", "bias", "running_mean", "running_var")
-    gaps: dict[str, Any] = {name: with_gaps(getattr(given.sample, name)) for name in names}
-    apart = dataclasses.replace(given, sample=dataclasses.replace(given.sample, **gaps))
-    on_gpu = with_options(emulation, gpu=gpu)
-    expected, results = emulated.run(on_gpu, given), emulated.run(on_gpu, apart)
-    for name, got in results.items():
-        assert torch.equal(got, expected[name]), name
+    emulated.check_same(with_options(emulation, gpu=gpu), given, **emulated.gaps_of(given.sample))
 
 
 @pytest.mark.parametrize("gpu", ["hopper", "least memory"])
@@ -325,8 +313,5 @@ def test_parameters_and_statistics_with_gaps_pooled(
 def test_strides_beyond_32_bits_pooled(shape: tuple[int, ...], layout: str, gpu: str, emulation: Emulation) -> None:
     given = make_emulated_sample(Case(shape, dtype=bf16, layout=layout, pool="3/1/1", act="gelu", drop_p=0.3))
     sample = given.sample
-    far = dataclasses.replace(sample, input=far_apart(sample.input), grad_output=far_apart(sample.grad_output))
-    on_gpu = with_options(emulation, gpu=gpu)
-    expected = emulated.run(on_gpu, given)
-    for name, got in emulated.run(on_gpu, dataclasses.replace(given, sample=far)).items():
-        assert torch.equal(got, expected[name]), name
+    far = {"input": far_apart(sample.input), "grad_output": far_apart(sample.grad_output)}
+    emulated.check_same(with_options(emulation, gpu=gpu), given, **far)

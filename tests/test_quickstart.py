@@ -143,7 +143,7 @@ def test_move_by_one_ulp_moves_every_weight_to_a_neighbour() -> None:
 def test_interleaved_runs_train_as_if_alone() -> None:
     digits = data.load_digits(0.2)
     torch.manual_seed(0)
-    model = models.build_cnn("digits", models.torch_layers)
+    model = models.build_cnn("digits", fl.models.torch_layers)
     alone, first, second = (Run(copy.deepcopy(model), seed=3) for _ in range(3))
     train_interleaved([alone], digits, 1, 50, seed=0, after_step=lambda: None)
     before = torch.get_rng_state()
@@ -156,13 +156,13 @@ def test_interleaved_runs_train_as_if_alone() -> None:
 
 def test_both_models_have_the_same_state() -> None:
     for name in models.PLANS:
-        eager, fused = (models.build_cnn(name, layers) for layers in (models.torch_layers, models.fused_layers))
+        eager, fused = (models.build_cnn(name, layers) for layers in (fl.models.torch_layers, fl.models.fused_layers))
         fused.load_state_dict(eager.state_dict(), strict=True)
 
 
 @pytest.mark.parametrize(("name", "shape"), [("digits", (2, 1, 8, 8)), ("cifar10", (2, 3, 32, 32))])
 def test_models_take_their_data(name: str, shape: tuple[int, ...]) -> None:
-    model = models.build_cnn(name, models.fused_layers)
+    model = models.build_cnn(name, fl.models.fused_layers)
     assert model(torch.randn(shape)).shape == (2, 10)
 
 
@@ -179,14 +179,14 @@ def test_fastlayers_saves_less_for_backward() -> None:
     images = torch.randn(8, 1, 8, 8)
     eager, fused = (
         bytes_saved_for_backward(models.build_cnn("digits", layers), images)
-        for layers in (models.torch_layers, models.fused_layers)
+        for layers in (fl.models.torch_layers, fl.models.fused_layers)
     )
     assert fused < 0.8 * eager
 
 
 def test_time_between_convolutions_is_that_of_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the layers behind them, on what the convolutions make; nothing of the models changes."""
-    made = [models.build_cnn("digits", layers) for layers in (models.torch_layers, models.fused_layers)]
+    made = [models.build_cnn("digits", layers) for layers in (fl.models.torch_layers, fl.models.fused_layers)]
     states = copy.deepcopy([model.state_dict() for model in made])
     shapes: list[tuple[int, ...]] = []
     images, drawn = torch.randn(5, 1, 8, 8), torch.get_rng_state()

@@ -26,7 +26,14 @@ from tests.test_compile import LAYERS
 pytest.importorskip("triton")
 
 from fastlayers.triton import calls, ops, plans
-from tests.interpreted import WAYS, every_way, forget, turn_around_the_order, use
+from tests.interpreted import (
+    WAYS,
+    check_same_again,
+    every_way,
+    turn_around_the_order,
+    use,
+    widen_offsets,
+)
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -198,12 +205,7 @@ def test_triton_same_bits_whatever_the_order_of_programs(
     way: str, layout: str, drop_mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(_SPLIT[layout], layout=layout, act="silu", residual="contiguous", drop_p=0.3, drop_mode=drop_mode)
-    sample = make_sample(case, device)
-    expected = run(fused, sample.fresh())
-    if calls.INTERPRETED:
-        turn_around_the_order(monkeypatch)
-    again = run(fused, sample.fresh())
-    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    check_same_again(make_sample(case, device), lambda: turn_around_the_order(monkeypatch))
 
 
 @every_way
@@ -214,12 +216,7 @@ def test_triton_offsets_of_64_bits(
 ) -> None:
     """What tensors of more than 2**31 elements take gives the same bits."""
     case = Case(_SPLIT[layout], layout=layout, act="relu", residual="contiguous", drop_p=0.3, drop_mode=drop_mode)
-    sample = make_sample(case, device)
-    expected = run(fused, sample.fresh())
-    monkeypatch.setattr(plans, "WIDE_FROM", 0)
-    forget()
-    again = run(fused, sample.fresh())
-    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    check_same_again(make_sample(case, device), lambda: widen_offsets(monkeypatch))
 
 
 @pytest.mark.parametrize("way", ["parts"], indirect=True)

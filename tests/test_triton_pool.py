@@ -25,7 +25,14 @@ from tests.oracle import check, eager, exact, fused, kinds, run
 pytest.importorskip("triton")
 
 from fastlayers.triton import calls, launches, ops, plans
-from tests.interpreted import WAYS, every_way, forget, turn_around_the_order, use
+from tests.interpreted import (
+    WAYS,
+    check_same_again,
+    every_way,
+    turn_around_the_order,
+    use,
+    widen_offsets,
+)
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -273,12 +280,7 @@ def test_triton_pool_same_bits_whatever_the_order_of_programs(
     way: str, layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(_SPLIT[layout], layout=layout, act="silu", drop_p=0.3, pool="3/2 ceil")
-    sample = make_sample(case, device)
-    expected = run(fused, sample.fresh())
-    if calls.INTERPRETED:
-        turn_around_the_order(monkeypatch)
-    again = run(fused, sample.fresh())
-    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    check_same_again(make_sample(case, device), lambda: turn_around_the_order(monkeypatch))
 
 
 @every_way
@@ -288,11 +290,7 @@ def test_triton_pool_offsets_of_64_bits(
 ) -> None:
     """What tensors of more than 2**31 elements take gives the same bits."""
     sample = make_sample(Case(_SPLIT[layout], layout=layout, act="relu", drop_p=0.3, pool="3/1/1"), device)
-    expected = run(fused, sample.fresh())
-    monkeypatch.setattr(plans, "WIDE_FROM", 0)
-    forget()
-    again = run(fused, sample.fresh())
-    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    check_same_again(sample, lambda: widen_offsets(monkeypatch))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -99,7 +99,9 @@ def _timm_can(case: Case) -> bool:
     return len(case.shape) == 4 and not v.residual and (v.drop_p == 0 or v.act == "relu")
 
 
-def _compiled(build: Callable[[Case], nn.Module], **options: Any) -> Callable[[Case], nn.Module]:
+def compiled(build: Callable[[Case], nn.Module], **options: Any) -> Callable[[Case], nn.Module]:
+    """Builds what `build` builds, and compiles it with these options of `torch.compile`."""
+
     def compile_it(case: Case) -> nn.Module:
         # fullgraph: what falls back to eager half-way would be measured as something that it is not.
         # Typed as a callable; of a module it makes a module.
@@ -142,15 +144,15 @@ def contenders(device: torch.device) -> list[Contender]:
     """Those that run on `device`."""
     found = [
         Contender(EAGER, eager_layer),
-        Contender(COMPILE, _compiled(eager_layer), same_mask=False),
+        Contender(COMPILE, compiled(eager_layer), same_mask=False),
         *(_fused(name_of(name), name, device) for name in _compiled_backends(device)),
-        Contender(FUSED_COMPILED, _compiled(fused_layer), same_mask=False),
+        Contender(FUSED_COMPILED, compiled(fused_layer), same_mask=False),
         Contender(FUSED_THEN_POOL, _fused_then_pool, can=lambda case: bool(case.variant.pool)),
         Contender(REFERENCE, fused_layer, REFERENCE),
     ]
     if device.type == "cuda":
         # On CPU the mode tunes matrix products and convolutions only, of which these layers have none; see `steps`.
-        found.append(Contender(MAX_AUTOTUNE, _compiled(eager_layer, mode="max-autotune"), same_mask=False))
+        found.append(Contender(MAX_AUTOTUNE, compiled(eager_layer, mode="max-autotune"), same_mask=False))
         replayed = (EAGER, COMPILE, fused_contender(device))
         found += [
             replace(c, name=f"{c.name}-graph", same_mask=False, graph=True) for c in list(found) if c.name in replayed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 import fastlayers as fl
+from fastlayers.info import installed_version
 
 _CACHE_FOLDER = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -114,14 +114,7 @@ def describe_versions() -> dict[str, str]:
         "python": platform.python_version(),
         "compiler": str(build["compiler"]),
         "system": f"{platform.system()} {platform.machine()}",
-        "timm": _installed("timm"),
-        "triton": _installed("triton"),
+        "timm": installed_version("timm"),
+        "triton": installed_version("triton"),
     }
     return facts | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
-
-
-def _installed(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -15,7 +15,7 @@ from torch import nn
 
 import fastlayers as fl
 from fastlayers_benchmarks.cases import PHASES, Case, Inputs, Variant, Window, make_inputs
-from fastlayers_benchmarks.contenders import Contender, eager_layer, fused_layer
+from fastlayers_benchmarks.contenders import Contender, compiled, eager_layer, fused_layer
 from fastlayers_benchmarks.layers import Entrant
 from fastlayers_benchmarks.timing import measure, quantiles
 
@@ -54,17 +54,12 @@ COMPARISONS = (
 )
 
 
-def _compiled(build: Callable[[Case], nn.Module]) -> Callable[[Case], nn.Module]:
-    # Typed as a callable; of a module it makes a module.
-    return lambda case: torch.compile(build(case), fullgraph=True)  # type: ignore[return-value]
-
-
-def _row(comparison: Comparison, case: Case, rounds: int, compiled: bool) -> Iterator[str]:
+def _row(comparison: Comparison, case: Case, rounds: int, compile_both: bool) -> Iterator[str]:
     """The cells of one comparison on one shape: for each phase "ours / theirs" and the ratio."""
     torch._dynamo.reset()
     builds = {"ours": comparison.ours, "theirs": comparison.theirs}
     entrants = {
-        name: Entrant(Contender(name, build), (_compiled(build) if compiled else build)(case))
+        name: Entrant(Contender(name, build), (compiled(build) if compile_both else build)(case))
         for name, build in builds.items()
     }
     inputs: Inputs = make_inputs(case, CPU)
@@ -89,12 +84,12 @@ def _parsed(shape: str) -> tuple[int, ...]:
 
 @click.command()
 @click.option("--rounds", type=click.IntRange(min=1), default=200, show_default=True, help="Samples of each.")
-@click.option("--compile", "compiled", is_flag=True, help="Under torch.compile, both.")
+@click.option("--compile", "compile_both", is_flag=True, help="Under torch.compile, both.")
 @click.option("--shape", "shapes", multiple=True, metavar="N,C,...", help="Only these. Repeatable.  [default: six]")
-def main(rounds: int, compiled: bool, shapes: tuple[str, ...]) -> None:
+def main(rounds: int, compile_both: bool, shapes: tuple[str, ...]) -> None:
     """Print the table. One thread: more have nothing to do."""
     torch.set_num_threads(1)
-    click.echo(f"microseconds, ours / torch's: ratio; torch {torch.__version__}{', compiled' * compiled}\n")
+    click.echo(f"microseconds, ours / torch's: ratio; torch {torch.__version__}{', compiled' * compile_both}\n")
     click.echo(f"| layers | shape | {' | '.join(PHASES)} |")
     click.echo(f"| :-- | :-- |{' --: |' * len(PHASES)}")
     for comparison in COMPARISONS:
@@ -102,7 +97,7 @@ def main(rounds: int, compiled: bool, shapes: tuple[str, ...]) -> None:
             case = comparison.case(shape)
             if case is None:
                 continue
-            cells = " | ".join(_row(comparison, case, rounds, compiled))
+            cells = " | ".join(_row(comparison, case, rounds, compile_both))
             click.echo(f"| {comparison.name} | {'x'.join(map(str, shape))} | {cells} |")
 
 

@@ -103,13 +103,9 @@ class Version:
         return Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
 
 
-def _archive(name: str, md5: str) -> Remote:
-    return Remote(name, md5, tuple(mirror + name for mirror in MIRRORS))
-
-
 PYTHON = Version(
     folder="cifar-10-batches-py",
-    archive=_archive("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
+    archive=Remote.on(MIRRORS, "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
     train={
         "data_batch_1": FileCheck(31035704, "c99cafc152244af753f735de768cd75f"),
         "data_batch_2": FileCheck(31035320, "d4bba439e000b95fd0a9bffe97cbabec"),
@@ -122,7 +118,7 @@ PYTHON = Version(
 )
 BINARY = Version(
     folder="cifar-10-batches-bin",
-    archive=_archive("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+    archive=Remote.on(MIRRORS, "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
     train={
         "data_batch_1.bin": FileCheck(30730000, "5dd7e06a14cb22eb9f671a540d1b7c25"),
         "data_batch_2.bin": FileCheck(30730000, "5ea93a67294ea407fff1d09f752e9692"),
@@ -155,8 +151,7 @@ def load_cifar10(data_dir: Path, fraction: float = 1.0, *, download: bool = Fals
     folder = version.folder_in(data_dir)
     if not complete:
         unpack(data_dir / version.archive.name, version.folder, folder, version.files)
-    train, test = version.read(folder)
-    return DataSet.of("cifar10", train.first(fraction), test.first(fraction))
+    return DataSet.of("cifar10", *version.read(folder), fraction)
 
 
 def _what_is_missing(data_dir: Path) -> str:

@@ -17,4 +17,4 @@ def load_digits(fraction: float = 1.0) -> DataSet:
     for_test = torch.arange(len(targets)) % 5 == 4
     train = Split(images[~for_test], targets[~for_test])
     test = Split(images[for_test], targets[for_test])
-    return DataSet.of("digits", train.first(fraction), test.first(fraction))
+    return DataSet.of("digits", train, test, fraction)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,11 @@ class Remote:
     name: str
     md5: str
     urls: tuple[str, ...]
+
+    @classmethod
+    def on(cls, mirrors: Sequence[str], name: str, md5: str) -> Remote:
+        """The file `name` in each of `mirrors`, addresses of folders that end with a slash."""
+        return cls(name, md5, tuple(mirror + name for mirror in mirrors))
 
 
 def fetch(remote: Remote, folder: Path) -> Path:

@@ -34,9 +34,7 @@ class IdxFile:
     @classmethod
     def of(cls, name: str, size: int, md5: str, gzip_md5: str) -> IdxFile:
         """The file of this size and MD5, whose published compressed form has the MD5 `gzip_md5`."""
-        compressed = f"{name}.gz"
-        remote = Remote(compressed, gzip_md5, tuple(mirror + compressed for mirror in MIRRORS))
-        return cls(name, FileCheck(size, md5), remote)
+        return cls(name, FileCheck(size, md5), Remote.on(MIRRORS, f"{name}.gz", gzip_md5))
 
     def is_in(self, folder: Path) -> bool:
         """Whether the file is in `folder` in either form."""
@@ -94,8 +92,7 @@ def load_mnist(data_dir: Path, fraction: float = 1.0, *, download: bool = False)
         raise DataError(f"{data_dir}: expected MNIST's files in it or in {folder}, found no {names}")
     for file in missing:
         fetch(file.remote, folder)
-    train, test = _split(folder, "train"), _split(folder, "test")
-    return DataSet.of("mnist", train.first(fraction), test.first(fraction))
+    return DataSet.of("mnist", _split(folder, "train"), _split(folder, "test"), fraction)
 
 
 def _split(folder: Path, kind: str) -> Split:

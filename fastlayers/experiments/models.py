@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlayers.models import CNN
-from fastlayers.models.layers import Layers, fused_layers, torch_layers
-
-__all__ = ["PLANS", "build_cnn", "fused_layers", "torch_layers"]
+from fastlayers.models.layers import Layers
 
 # For each dataset, the arguments of `CNN`.
 PLANS: dict[str, dict[str, Any]] = {

@@ -13,9 +13,9 @@ from fastlayers.data import DataSet
 from fastlayers.experiments.agreement import Agreement, compare, move_by_one_ulp
 from fastlayers.experiments.between import seconds_between_convolutions
 from fastlayers.experiments.memory import bytes_saved_for_backward
-from fastlayers.experiments.models import build_cnn, fused_layers, torch_layers
+from fastlayers.experiments.models import build_cnn
 from fastlayers.experiments.training import Phase, Run, steps_per_epoch, train_interleaved
-from fastlayers.models import CNN
+from fastlayers.models import CNN, fused_layers, torch_layers
 
 MOVED_RUNS = 3
 # By chance one run of four drifts first. Not with every seed, as a wrong kernel's does.

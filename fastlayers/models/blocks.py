@@ -10,7 +10,7 @@ from itertools import accumulate, count, pairwise
 from torch import Tensor, nn
 
 from fastlayers.models import arguments
-from fastlayers.models.layers import NAMES, Pool, Style
+from fastlayers.models.layers import NAMES, SquarePool, Style
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ConvBlock:
     kernel: int
     padding: int
     stride: int = 1
-    pool: Pool | None = None
+    pool: SquarePool | None = None
 
     def build(self, style: Style) -> nn.Sequential:
         """The layers, by the names of `layers.NAMES`."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from fastlayers.activations import ActLayer
 from fastlayers.models import arguments
 from fastlayers.models.blocks import ConvBlock, ConvNet
-from fastlayers.models.layers import NAMES, DropMode, Layers, Pool, style
+from fastlayers.models.layers import NAMES, DropMode, Layers, SquarePool, style
 
 _DROP_P = 0.4
 
@@ -108,11 +108,11 @@ def _padding(padding: object, kernels: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(kernel // 2 for kernel in kernels)
 
 
-def _pools(kernel: object, stride: object, padding: object, blocks: int) -> list[Pool]:
+def _pools(kernel: object, stride: object, padding: object, blocks: int) -> list[SquarePool]:
     kernels = arguments.per_block("pool", kernel, blocks)
     strides = arguments.per_block("pool_stride", stride, blocks)
     paddings = arguments.per_block("pool_padding", padding, blocks, least=0)
-    pools = [Pool(*sizes) for sizes in zip(kernels, strides, paddings, strict=True)]
+    pools = [SquarePool(*sizes) for sizes in zip(kernels, strides, paddings, strict=True)]
     for pool in pools:
         if pool.padding > pool.kernel // 2:
             raise ValueError(

@@ -27,8 +27,8 @@ DropMode = Literal["channel", "element"]
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Sizes of a max-pool, in pixels."""
+class SquarePool:
+    """Sizes of a max-pool, in pixels, each for height and width."""
 
     kernel: int
     stride: int
@@ -57,7 +57,7 @@ class Style:
     drop_p: float
     drop_mode: str
     images: bool
-    pool: Pool | None = None
+    pool: SquarePool | None = None
 
     @property
     def by_channel(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fastlayers.activations import ActLayer
 from fastlayers.models import arguments
 from fastlayers.models.blocks import ConvBlock, ConvNet
-from fastlayers.models.layers import Layers, Pool, dense_style, style
+from fastlayers.models.layers import Layers, SquarePool, dense_style, style
 
 _CHANNELS = (6, 16)
 _HIDDEN = (120, 84)
@@ -44,7 +44,7 @@ class LeNet(ConvNet):
         first, second = _CHANNELS
         sizes = ((arguments.whole("in_channels", in_channels), first), (first, second))
         super().__init__(
-            [ConvBlock("CRM", before, after, kernel=5, padding=0, pool=Pool(2, 2)) for before, after in sizes],
+            [ConvBlock("CRM", before, after, kernel=5, padding=0, pool=SquarePool(2, 2)) for before, after in sizes],
             style(layers, act),
             image_size,
             num_classes,

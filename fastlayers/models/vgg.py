@@ -10,7 +10,7 @@ from torch import nn
 from fastlayers.activations import ActLayer
 from fastlayers.models import arguments
 from fastlayers.models.blocks import ConvBlock, ConvNet
-from fastlayers.models.layers import NORMS, Layers, Norm, Pool, dense_style, style
+from fastlayers.models.layers import NORMS, Layers, Norm, SquarePool, dense_style, style
 
 # Simonyan and Zisserman 2014, table 1, column A: channels of 3x3 convolutions, and whether a max-pool follows.
 _WIDTHS = (64, 128, 256, 256, 512, 512, 512, 512)
@@ -57,7 +57,7 @@ class VGGA(ConvNet):
         per_block = zip(pairwise((arguments.whole("in_channels", in_channels), *widths)), _POOLED, strict=True)
         super().__init__(
             [
-                ConvBlock(f"{order}M" if pooled else order, before, after, kernel=3, padding=1, pool=Pool(2, 2))
+                ConvBlock(f"{order}M" if pooled else order, before, after, kernel=3, padding=1, pool=SquarePool(2, 2))
                 for (before, after), pooled in per_block
             ],
             style(layers, act),

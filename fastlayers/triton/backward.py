@@ -20,6 +20,7 @@ from fastlayers.triton.tiles import (
     byte_places,
     centred,
     channels_of,
+    in_reverse,
     load_bits,
     load_channels,
     offsets,
@@ -33,14 +34,34 @@ SIZES = (*FORWARD_SIZES, "g_outer", "g_channel")
 
 
 @triton.jit
-def _gradient_of_tile(
-    GRAD, g_outer, g_channel, RESIDUAL, r_outer, r_channel, BITS, bytes_inner,
-    normalised, weight, bias, kept, needed, drop_scale,
-    outer, inner, tile, block, n_outer, channels, tiles_inner,
-    KEEP: tl.constexpr, ACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+def _of_channels(MEAN, INVSTD, WEIGHT, BIAS, channel, channels, ACC: tl.constexpr):
+    """The mean, as the sum of two values; the inverse standard deviation, weight and bias."""
+    high, low = split(load_channels(MEAN, channel, channels, 0.0, tl.float64), ACC)
+    invstd = load_channels(INVSTD, channel, channels, 0.0, ACC)
+    weight = load_channels(WEIGHT, channel, channels, 1.0, ACC)
+    return high, low, invstd, weight, load_channels(BIAS, channel, channels, 0.0, ACC)
+
+
+@triton.jit
+def _read_tile(
+    GRAD, X, RESIDUAL, BITS, MASK, high, low, invstd, weight, bias, drop_scale, last_kept,
+    g_outer, g_channel, x_outer, x_channel, r_outer, r_channel, y_outer, y_channel,
+    tile, block, n_outer, n_inner, channels, spatial, tiles_inner, bytes_inner,
+    X_IF_DROPPED: tl.constexpr, KEEP: tl.constexpr, ACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    C: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient before the activation; 0 where nothing is kept, whatever arrives there."""
+    """A tile's indices; which of its elements there are, and which dropout keeps; the normalised input, and g.
+
+    Without X_IF_DROPPED the input is not read where nothing is kept. There g is 0, whatever arrives.
+    """
+    outer, inner, valid, kept, needed = whereabouts(
+        MASK, drop_scale, last_kept, y_outer, y_channel, tile, block, n_outer, n_inner, channels, spatial,
+        tiles_inner, KEEP, B0, B1, VEC, ROWS, WIDE,
+    )  # fmt: skip
+    x_needed = valid if X_IF_DROPPED else needed
+    at = offsets(outer, inner, block, x_outer, x_channel, VEC, ROWS, WIDE)
+    normalised = centred(tl.load(X + at, mask=x_needed, other=0).to(ACC), high, low) * invstd[None, :]
     at = offsets(outer, inner, block, g_outer, g_channel, VEC, ROWS, WIDE)
     g = tl.load(GRAD + at, mask=needed, other=0).to(ACC)
     if KEEP != ALL:
@@ -54,7 +75,7 @@ def _gradient_of_tile(
             at = offsets(outer, inner, block, r_outer, r_channel, VEC, ROWS, WIDE)
             z += tl.load(RESIDUAL + at, mask=needed, other=0).to(ACC)
         g = activations.gradient(g, z, ACT, A, B, C)
-    return tl.where(kept, g, 0.0)
+    return outer, inner, valid, kept, normalised, tl.where(kept, g, 0.0)
 
 
 @triton.jit
@@ -70,8 +91,9 @@ def _store(
 @triton.jit
 def _store_sums(SUMS, GRAD_WEIGHT, GRAD_BIAS, sum_g, sum_gx, channel, channels):
     there = channel < channels
-    tl.store(SUMS + channel, sum_g, mask=there)
-    tl.store(SUMS + channels + channel, sum_gx, mask=there)
+    if SUMS is not None:
+        tl.store(SUMS + channel, sum_g, mask=there)
+        tl.store(SUMS + channels + channel, sum_gx, mask=there)
     if GRAD_BIAS is not None:
         tl.store(GRAD_BIAS + channel, sum_g.to(GRAD_BIAS.dtype.element_ty), mask=there)
     if GRAD_WEIGHT is not None:
@@ -94,26 +116,17 @@ def gradient_sums(
     ACC: tl.constexpr = accumulator(DOUBLE)
     block, part = tl.program_id(0), tl.program_id(1)
     channel = channels_of(block, B1, ROWS)
-    high, low = split(load_channels(MEAN, channel, channels, 0.0, tl.float64), ACC)
-    invstd = load_channels(INVSTD, channel, channels, 0.0, ACC)
-    weight = load_channels(WEIGHT, channel, channels, 1.0, ACC)
-    bias = load_channels(BIAS, channel, channels, 0.0, ACC)
+    high, low, invstd, weight, bias = _of_channels(MEAN, INVSTD, WEIGHT, BIAS, channel, channels, ACC)
     sum_g = tl.zeros((B0, B1), ACC)
     sum_gx = tl.zeros((B0, B1), ACC)
     first, last = part_of(part, tiles_per_part, tiles)
     for step in range(last - first):
         tile = first + step
-        outer, inner, valid, kept, needed = whereabouts(
-            MASK, drop_scale, last_kept, y_outer, y_channel, tile, block, n_outer, n_inner, channels, spatial,
-            tiles_inner, KEEP, B0, B1, VEC, ROWS, WIDE,
-        )  # fmt: skip
-        at = offsets(outer, inner, block, x_outer, x_channel, VEC, ROWS, WIDE)
-        normalised = centred(tl.load(X + at, mask=needed, other=0).to(ACC), high, low) * invstd[None, :]
-        g = _gradient_of_tile(
-            GRAD, g_outer, g_channel, RESIDUAL, r_outer, r_channel, BITS, bytes_inner,
-            normalised, weight, bias, kept, needed, drop_scale,
-            outer, inner, tile, block, n_outer, channels, tiles_inner,
-            KEEP, ACT, A, B, C, B0, B1, VEC, ROWS, WIDE, ACC,
+        outer, inner, valid, kept, normalised, g = _read_tile(
+            GRAD, X, RESIDUAL, BITS, MASK, high, low, invstd, weight, bias, drop_scale, last_kept,
+            g_outer, g_channel, x_outer, x_channel, r_outer, r_channel, y_outer, y_channel,
+            tile, block, n_outer, n_inner, channels, spatial, tiles_inner, bytes_inner,
+            False, KEEP, ACT, A, B, C, B0, B1, VEC, ROWS, WIDE, ACC,
         )  # fmt: skip
         if SUMS is not None:
             sum_g += g
@@ -149,14 +162,22 @@ def merge_sums(PARTIALS, SUMS, GRAD_WEIGHT, GRAD_BIAS, channels, parts, B0: tl.c
 
 
 @triton.jit
-def mean_of(total, count, ACC: tl.constexpr):
+def _mean_of(total, count, ACC: tl.constexpr):
     """The mean of `count` values from their sum."""
     return (total / count.to(tl.float64)).to(ACC)
 
 
 @triton.jit
+def means_of(SUMS, channel, channels, count, ACC: tl.constexpr):
+    """The means of g and g x^ over a batch."""
+    sum_g = load_channels(SUMS, channel, channels, 0.0, tl.float64)
+    sum_gx = load_channels(SUMS + channels, channel, channels, 0.0, tl.float64)
+    return _mean_of(sum_g, count, ACC), _mean_of(sum_gx, count, ACC)
+
+
+@triton.jit
 def batch_gradient(g, normalised, mean_g, mean_gx, factor):
-    """The gradient of a batch's input: see above."""
+    """The gradient of a batch's input, by the formula of this file's first lines."""
     return (g - mean_g[None, :] - normalised * mean_gx[None, :]) * factor[None, :]
 
 
@@ -171,31 +192,19 @@ def input_gradient(
 ):  # fmt: skip
     """The gradients of full size in training, for one part of a block of channels. SUMS is None if DX is."""
     ACC: tl.constexpr = accumulator(DOUBLE)
-    # The opposite order of gradient_sums, which left its last tiles in the cache.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    part = tl.num_programs(1) - 1 - tl.program_id(1)
+    block, part = in_reverse()  # gradient_sums left its last tiles in the cache
     channel = channels_of(block, B1, ROWS)
-    high, low = split(load_channels(MEAN, channel, channels, 0.0, tl.float64), ACC)
-    invstd = load_channels(INVSTD, channel, channels, 0.0, ACC)
-    weight = load_channels(WEIGHT, channel, channels, 1.0, ACC)
-    bias = load_channels(BIAS, channel, channels, 0.0, ACC)
+    high, low, invstd, weight, bias = _of_channels(MEAN, INVSTD, WEIGHT, BIAS, channel, channels, ACC)
     if DX is not None:
-        mean_g = mean_of(load_channels(SUMS, channel, channels, 0.0, tl.float64), count, ACC)
-        mean_gx = mean_of(load_channels(SUMS + channels, channel, channels, 0.0, tl.float64), count, ACC)
+        mean_g, mean_gx = means_of(SUMS, channel, channels, count, ACC)
     first, last = part_of(part, tiles_per_part, tiles)
     for step in range(last - first):
         tile = last - 1 - step
-        outer, inner, valid, kept, needed = whereabouts(
-            MASK, drop_scale, last_kept, y_outer, y_channel, tile, block, n_outer, n_inner, channels, spatial,
-            tiles_inner, KEEP, B0, B1, VEC, ROWS, WIDE,
-        )  # fmt: skip
-        at = offsets(outer, inner, block, x_outer, x_channel, VEC, ROWS, WIDE)
-        normalised = centred(tl.load(X + at, mask=valid, other=0).to(ACC), high, low) * invstd[None, :]
-        g = _gradient_of_tile(
-            GRAD, g_outer, g_channel, RESIDUAL, r_outer, r_channel, BITS, bytes_inner,
-            normalised, weight, bias, kept, needed, drop_scale,
-            outer, inner, tile, block, n_outer, channels, tiles_inner,
-            KEEP, ACT, A, B, C, B0, B1, VEC, ROWS, WIDE, ACC,
+        outer, inner, valid, _, normalised, g = _read_tile(
+            GRAD, X, RESIDUAL, BITS, MASK, high, low, invstd, weight, bias, drop_scale, last_kept,
+            g_outer, g_channel, x_outer, x_channel, r_outer, r_channel, y_outer, y_channel,
+            tile, block, n_outer, n_inner, channels, spatial, tiles_inner, bytes_inner,
+            True, KEEP, ACT, A, B, C, B0, B1, VEC, ROWS, WIDE, ACC,
         )  # fmt: skip
         _store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
         if DX is not None:
@@ -216,32 +225,19 @@ def whole_backward(
     ACC: tl.constexpr = accumulator(DOUBLE)
     block, tile = tl.program_id(0), tl.program_id(1)  # the only tile
     channel = channels_of(block, B1, ROWS)
-    high, low = split(load_channels(MEAN, channel, channels, 0.0, tl.float64), ACC)
-    invstd = load_channels(INVSTD, channel, channels, 0.0, ACC)
-    weight = load_channels(WEIGHT, channel, channels, 1.0, ACC)
-    bias = load_channels(BIAS, channel, channels, 0.0, ACC)
-    outer, inner, valid, kept, needed = whereabouts(
-        MASK, drop_scale, last_kept, y_outer, y_channel, tile, block, n_outer, n_inner, channels, spatial,
-        1, KEEP, B0, B1, VEC, ROWS, WIDE,
-    )  # fmt: skip
-    at = offsets(outer, inner, block, x_outer, x_channel, VEC, ROWS, WIDE)
-    normalised = centred(tl.load(X + at, mask=valid, other=0).to(ACC), high, low) * invstd[None, :]
-    g = _gradient_of_tile(
-        GRAD, g_outer, g_channel, RESIDUAL, r_outer, r_channel, BITS, bytes_inner,
-        normalised, weight, bias, kept, needed, drop_scale,
-        outer, inner, tile, block, n_outer, channels, 1,
-        KEEP, ACT, A, B, C, B0, B1, VEC, ROWS, WIDE, ACC,
+    high, low, invstd, weight, bias = _of_channels(MEAN, INVSTD, WEIGHT, BIAS, channel, channels, ACC)
+    outer, inner, valid, kept, normalised, g = _read_tile(
+        GRAD, X, RESIDUAL, BITS, MASK, high, low, invstd, weight, bias, drop_scale, last_kept,
+        g_outer, g_channel, x_outer, x_channel, r_outer, r_channel, y_outer, y_channel,
+        tile, block, n_outer, n_inner, channels, spatial, 1, bytes_inner,
+        True, KEEP, ACT, A, B, C, B0, B1, VEC, ROWS, WIDE, ACC,
     )  # fmt: skip
     sum_g = sum_over_tile(g, ROWS).to(tl.float64)
     # What is not kept counts for nothing, even where a channel is poisoned.
     sum_gx = sum_over_tile(tl.where(kept, g * normalised, 0.0), ROWS).to(tl.float64)
-    there = channel < channels
-    if GRAD_BIAS is not None:
-        tl.store(GRAD_BIAS + channel, sum_g.to(GRAD_BIAS.dtype.element_ty), mask=there)
-    if GRAD_WEIGHT is not None:
-        tl.store(GRAD_WEIGHT + channel, sum_gx.to(GRAD_WEIGHT.dtype.element_ty), mask=there)
+    _store_sums(None, GRAD_WEIGHT, GRAD_BIAS, sum_g, sum_gx, channel, channels)
     _store(DR, g, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)
     if DX is not None:
-        mean_g, mean_gx = mean_of(sum_g, count, ACC), mean_of(sum_gx, count, ACC)
+        mean_g, mean_gx = _mean_of(sum_g, count, ACC), _mean_of(sum_gx, count, ACC)
         dx = batch_gradient(g, normalised, mean_g, mean_gx, weight * invstd)
         _store(DX, dx, outer, inner, block, y_outer, y_channel, valid, VEC, ROWS, WIDE)

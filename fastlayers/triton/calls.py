@@ -110,12 +110,13 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 class _Call(NamedTuple):
     """What the kernels are told besides tensors and sizes."""
 
-    eps: float
-    momentum: float
-    cumulative: bool
     keep: int
     drop_scale: float
-    activation: tuple[object, ...]  # its number and three parameters
+    activation: tuple[object, ...] = ()  # its number and three parameters
+    # For forward.
+    eps: float = 0.0
+    momentum: float = 0.0
+    cumulative: bool = False
 
     @property
     def dropping(self) -> tuple[float, int]:
@@ -198,7 +199,7 @@ def batch_norm_act_fwd(
     drop_scale: float,
     save_flat_bits: bool,
 ) -> _FourTensors:
-    """See csrc/torch/library.cpp."""
+    """See csrc/torch/schemas.h."""
     _check(
         input,
         mask,
@@ -234,10 +235,10 @@ def batch_norm_act_fwd(
         *states, batches,
     )  # fmt: skip
     call = _Call(
-        float(eps), float(momentum or 0), momentum is None, _keep(mask), drop_scale, (activation, *activation_params)
+        _keep(mask), drop_scale, (activation, *activation_params), float(eps), float(momentum or 0), momentum is None
     )
     with _on_device_of(input):
-        (_train if training else _evaluate)(plan.frame, tensors, call)
+        (_train if training else _normalise)(plan.frame, tensors, call)
     if training:
         _copy_back((running_mean, running_var), states)
     if target is not output:
@@ -310,10 +311,6 @@ def _batch_statistics(frame: Frame, x: Tensor, statistics: Sequence[Tensor | Non
         )  # fmt: skip
 
 
-def _evaluate(frame: Frame, tensors: _Forward, call: _Call) -> None:
-    _normalise(frame, tensors, call)
-
-
 def _normalise(frame: Frame, tensors: _Forward, call: _Call) -> None:
     launch(
         forward.normalise, frame.passes, tensors[:11], (call.eps, *call.dropping),
@@ -339,7 +336,7 @@ def batch_norm_act_bwd(
     affine_grad: bool,
     residual_grad: bool,
 ) -> _FourTensors:
-    """See csrc/torch/library.cpp."""
+    """See csrc/torch/schemas.h."""
     _check(
         input,
         mask,
@@ -370,9 +367,9 @@ def batch_norm_act_bwd(
         _contiguous(weight), _contiguous(bias), mean, invstd, targets[0], targets[1],
     )  # fmt: skip
     parameters = tuple(t if t.numel() else None for t in (grad_weight, grad_bias))
-    call = _Call(0.0, 0.0, False, _keep(mask), drop_scale, (activation, *activation_params))
+    call = _Call(_keep(mask), drop_scale, (activation, *activation_params))
     with _on_device_of(input):
-        (_train_backward if training else _evaluate_backward)(plan.frame, tensors, parameters, sums_wanted, call)
+        (_train_backward if training else _sums)(plan.frame, tensors, parameters, sums_wanted, call)
     for result, target in zip((grads[0], grad_residual), targets, strict=True):
         if target is not None and target is not result:
             result.copy_(target)
@@ -427,14 +424,11 @@ def _train_backward(frame: Frame, tensors: _Backward, parameters: _Parameters, s
         )  # fmt: skip
 
 
-def _evaluate_backward(
-    frame: Frame, tensors: _Backward, parameters: _Parameters, sums_wanted: bool, call: _Call
-) -> None:
-    _sums(frame, tensors, parameters, sums_wanted, call)
-
-
 def _sums(frame: Frame, tensors: _Backward, parameters: _Parameters, wanted: bool, call: _Call) -> Tensor | None:
-    """Sums of g and g x^ per channel, (2, C); and what gradients of full size `tensors` asks for, as in evaluation."""
+    """Sums of g and g x^ per channel, (2, C); and what gradients of full size `tensors` asks for, as in evaluation.
+
+    So this is all of backward in evaluation.
+    """
     grid, channels = frame.passes, frame.layout.channels
     sums = tensors.mean.new_empty(2, channels) if wanted else None
     partials = tensors.mean.new_empty(2, grid.parts, channels) if wanted and grid.parts > 1 else None
@@ -566,7 +560,7 @@ def batch_norm_act_pool_fwd(
         _contiguous(weight), _contiguous(bias), mean, invstd, written_mean, written_var, batches,
     )  # fmt: skip
     call = _Call(
-        float(eps), float(momentum or 0), momentum is None, _keep(mask), drop_scale, (activation, *activation_params)
+        _keep(mask), drop_scale, (activation, *activation_params), float(eps), float(momentum or 0), momentum is None
     )
     with _on_device_of(input):
         _pool(plan.frame, tensors, call, training, monotone)
@@ -655,7 +649,7 @@ def batch_norm_act_pool_bwd(
         _contiguous(weight), _contiguous(bias), mean, invstd, None, taken,
     )  # fmt: skip
     parameters = tuple(t if t.numel() else None for t in (grad_weight, grad_bias))
-    call = _Call(0.0, 0.0, False, _keep(mask), drop_scale, (activation, *activation_params))
+    call = _Call(_keep(mask), drop_scale, (activation, *activation_params))
     with _on_device_of(input):
         sums = _sums(pooled.frame, tensors, parameters, sums_wanted, call)
         if taken is not None:
@@ -682,7 +676,7 @@ def _in_strides(t: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def dropout(input: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """See csrc/torch/library.cpp. A seed's elements are by the order of memory of a dense input."""
+    """See csrc/torch/schemas.h. A seed's elements are by the order of memory of a dense input."""
     _check_mask(input, mask)
     output = torch.empty_like(input)
     if input.numel() == 0:
@@ -700,7 +694,7 @@ def dropout(input: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 
 def element_mask(seed: Tensor, like: Tensor, drop_scale: float) -> Tensor:
-    """See csrc/torch/library.cpp and fastlayers.reference."""
+    """See csrc/torch/schemas.h and fastlayers.reference."""
     mask = torch.empty_like(like, dtype=torch.bool)
     if like.numel():
         _drop_elements(None, mask.view(torch.uint8), seed, drop_scale)
@@ -717,7 +711,7 @@ def _drop_elements(source: Tensor | None, target: Tensor, seed: Tensor, scale: f
 
 
 def _drop(frame: Frame, source: Tensor | None, target: Tensor, mask: Tensor, scale: float) -> None:
-    call = _Call(0.0, 0.0, False, _keep(mask), scale, ())
+    call = _Call(_keep(mask), scale)
     with _on_device_of(target):
         launch(
             dropping.drop, frame.passes, (source, target, mask), call.dropping, frame.pick(_DROP),
@@ -726,7 +720,7 @@ def _drop(frame: Frame, source: Tensor | None, target: Tensor, mask: Tensor, sca
 
 
 def unpack_mask(bits: Tensor, like: Tensor, flat: bool) -> Tensor:
-    """See csrc/torch/library.cpp. For double backward only, hence in plain PyTorch.
+    """See csrc/torch/schemas.h. For double backward only, hence in plain PyTorch.
 
     Raises:
         RuntimeError: `flat`, of which this set of operators has no masks.

@@ -19,6 +19,7 @@ from fastlayers.triton.tiles import (
     centred,
     channels_of,
     exists,
+    in_reverse,
     load_channels,
     offsets,
     part_of,
@@ -207,10 +208,27 @@ def known_statistics(MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, eps, part, channel
 
 
 @triton.jit
-def scale_and_bias(WEIGHT, BIAS, invstd, channel, channels, ACC: tl.constexpr):
-    """What centred values are multiplied by, and what is then added."""
+def affine(WEIGHT, BIAS, mean, invstd, channel, channels, ACC: tl.constexpr):
+    """What values are centred by, as the sum of two; what they are multiplied by then, and what is added."""
+    high, low = split(mean, ACC)
     weight = load_channels(WEIGHT, channel, channels, 1.0, tl.float64)
-    return (invstd * weight).to(ACC), load_channels(BIAS, channel, channels, 0.0, ACC)
+    return high, low, (invstd * weight).to(ACC), load_channels(BIAS, channel, channels, 0.0, ACC)
+
+
+@triton.jit
+def whole_affine(
+    x, valid, WEIGHT, BIAS, MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, BATCHES,
+    block, channels, count, eps, momentum,
+    COUNT_BATCHES: tl.constexpr, CUMULATIVE: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """`affine` by the statistics of channels of which `x` is all, which are stored."""
+    mean, m2, _ = merged_tile(x, tl.zeros(x.shape, ACC), valid.to(ACC), ROWS)
+    channel = channels_of(block, x.shape[1], ROWS)
+    invstd = finish_statistics(
+        MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, BATCHES, mean, m2, channel, channels, count, eps, momentum,
+        COUNT_BATCHES, CUMULATIVE,
+    )  # fmt: skip
+    return affine(WEIGHT, BIAS, mean, invstd, channel, channels, ACC)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -224,13 +242,10 @@ def normalise(
 ):  # fmt: skip
     """Everything after the statistics, for one part of a block of channels."""
     ACC: tl.constexpr = accumulator(DOUBLE)
-    # The opposite order of batch_statistics, which left its last tiles in the cache.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    part = tl.num_programs(1) - 1 - tl.program_id(1)
+    block, part = in_reverse()  # batch_statistics left its last tiles in the cache
     channel = channels_of(block, B1, ROWS)
     mean, invstd = known_statistics(MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, eps, part, channel, channels)
-    high, low = split(mean, ACC)
-    scale, bias = scale_and_bias(WEIGHT, BIAS, invstd, channel, channels, ACC)
+    high, low, scale, bias = affine(WEIGHT, BIAS, mean, invstd, channel, channels, ACC)
     first, last = part_of(part, tiles_per_part, tiles)
     for step in range(last - first):
         tile = last - 1 - step
@@ -267,14 +282,10 @@ def whole_forward(
     )  # fmt: skip
     at = offsets(outer, inner, block, x_outer, x_channel, VEC, ROWS, WIDE)
     x = tl.load(X + at, mask=valid, other=0).to(ACC)
-    mean, m2, _ = merged_tile(x, tl.zeros((B0, B1), ACC), valid.to(ACC), ROWS)
-    channel = channels_of(block, B1, ROWS)
-    invstd = finish_statistics(
-        MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, BATCHES, mean, m2, channel, channels, count, eps, momentum,
-        COUNT_BATCHES, CUMULATIVE,
+    high, low, scale, bias = whole_affine(
+        x, valid, WEIGHT, BIAS, MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, BATCHES, block, channels, count, eps, momentum,
+        COUNT_BATCHES, CUMULATIVE, ROWS, ACC,
     )  # fmt: skip
-    high, low = split(mean, ACC)
-    scale, bias = scale_and_bias(WEIGHT, BIAS, invstd, channel, channels, ACC)
     _finish_tile(
         x, RESIDUAL, r_outer, r_channel, Y, y_outer, y_channel, BITS, bytes_inner,
         high, low, scale, bias, kept, needed, valid, drop_scale,

@@ -21,15 +21,16 @@ import triton
 import triton.language as tl
 
 from fastlayers.triton import activations
-from fastlayers.triton.backward import batch_gradient, mean_of
+from fastlayers.triton.backward import batch_gradient, means_of
 from fastlayers.triton.forward import SIZES as FORWARD_SIZES
-from fastlayers.triton.forward import finish_statistics, known_statistics, merged_tile, scale_and_bias
+from fastlayers.triton.forward import affine, known_statistics, whole_affine
 from fastlayers.triton.tiles import (
     ALL,
     accumulator,
     centred,
     channels_of,
     exists,
+    in_reverse,
     keep_planes,
     load_channels,
     offsets,
@@ -263,13 +264,10 @@ def pool(
 ):  # fmt: skip
     """Everything after the statistics, for one part of a block of channels."""
     ACC: tl.constexpr = accumulator(DOUBLE)
-    # The opposite order of batch_statistics, which left its last tiles in the cache.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    part = tl.num_programs(1) - 1 - tl.program_id(1)
+    block, part = in_reverse()  # batch_statistics left its last tiles in the cache
     channel = channels_of(block, B1, ROWS)
     mean, invstd = known_statistics(MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, eps, part, channel, channels)
-    high, low = split(mean, ACC)
-    scale, bias = scale_and_bias(WEIGHT, BIAS, invstd, channel, channels, ACC)
+    high, low, scale, bias = affine(WEIGHT, BIAS, mean, invstd, channel, channels, ACC)
     first, last = part_of(part, pooled_tiles_per_part, pooled_tiles)
     for step in range(last - first):
         _pool_tile(
@@ -298,14 +296,10 @@ def whole_pool(
     outer, inner = places(tile, block, 1, B0, B1, ROWS, WIDE)
     valid = exists(outer, inner, n_outer, n_inner, VEC, WIDE)
     x = tl.load(X + offsets(outer, inner, block, x_outer, x_channel, VEC, ROWS, WIDE), mask=valid, other=0).to(ACC)
-    mean, m2, _ = merged_tile(x, tl.zeros((B0, B1), ACC), valid.to(ACC), ROWS)
-    channel = channels_of(block, B1, ROWS)
-    invstd = finish_statistics(
-        MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, BATCHES, mean, m2, channel, channels, count, eps, momentum,
-        COUNT_BATCHES, CUMULATIVE,
+    high, low, scale, bias = whole_affine(
+        x, valid, WEIGHT, BIAS, MEAN, INVSTD, RUNNING_MEAN, RUNNING_VAR, BATCHES, block, channels, count, eps, momentum,
+        COUNT_BATCHES, CUMULATIVE, ROWS, ACC,
     )  # fmt: skip
-    high, low = split(mean, ACC)
-    scale, bias = scale_and_bias(WEIGHT, BIAS, invstd, channel, channels, ACC)
     tiles_inner = 1
     if not ROWS:
         tiles_inner = tl.cdiv(pooled_inner, POOLED_B1)
@@ -391,8 +385,7 @@ def pool_gradient(
     factor = load_channels(WEIGHT, channel, channels, 1.0, ACC) * invstd
     if X is not None:
         high, low = split(load_channels(MEAN, channel, channels, 0.0, tl.float64), ACC)
-        mean_g = mean_of(load_channels(SUMS, channel, channels, 0.0, tl.float64), count, ACC)
-        mean_gx = mean_of(load_channels(SUMS + channels, channel, channels, 0.0, tl.float64), count, ACC)
+        mean_g, mean_gx = means_of(SUMS, channel, channels, count, ACC)
     if not ROWS:
         # The same, with a divisor that the compiler knows.
         width = n_inner * VEC

@@ -36,6 +36,12 @@ def channels_of(block, B1: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def in_reverse():
+    """A program's block and part, in the opposite order of another pass."""
+    return tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+
+
+@triton.jit
 def part_of(part, tiles_per_part, tiles):
     """The first tile of a part, and the one after its last."""
     first = part * tiles_per_part
