@@ -282,12 +282,14 @@ def test_max_pool_samples(name: str, dtype: torch.dtype) -> None:
             for function in (lambda x, a: _pooled(x, a), lambda x, a: theirs(x, **a)):
                 x = sample.input.detach().clone().requires_grad_()
                 results.append(_outcome(lambda f, x, a: [f(x, a), *_gradients(f(x, a), [x])], function, x, given))
-            if isinstance(results[1], Exception):
-                assert isinstance(results[0], (RuntimeError, ValueError))
+            got, expected = results
+            if isinstance(expected, Exception):
+                assert isinstance(got, (RuntimeError, ValueError))
                 continue
-            assert not isinstance(results[0], Exception), results[0]
-            (value, gradient), (other_value, other_gradient) = results
-            exactly = {"rtol": 0, "atol": 0}
+            assert not isinstance(got, Exception), got
+            (value, gradient), (other_value, other_gradient) = got, expected
+            assert other_gradient is not None
+            exactly: dict[str, Any] = {"rtol": 0, "atol": 0}
             torch.testing.assert_close(value, other_value, **exactly)
             torch.testing.assert_close(gradient, other_gradient, **_tolerance(other_gradient) or exactly)
             compared += 1
