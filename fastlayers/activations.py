@@ -120,8 +120,10 @@ def _gelu(approximate: str = "none") -> Activation:
 def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
     if beta == 0:
         raise ValueError(f"act_kwargs: beta should not be 0 for softplus, but got {beta}")
+    # At threshold / beta it falls by log(1 + exp(-threshold)) / beta. From 20 on that is lost in float32, and 1e-10 of
+    # the value in float64.
     return _activation(
-        "softplus", 13, lambda z: F.softplus(z, beta, threshold), beta, threshold, monotone=beta > 0 <= threshold
+        "softplus", 13, lambda z: F.softplus(z, beta, threshold), beta, threshold, monotone=beta > 0 and threshold >= 20
     )
 
 

@@ -116,8 +116,8 @@ def tensors(input: Tensor, optional: Vectors, function: str = "batch_norm") -> N
 def _batch_count(count: Tensor, device: torch.device) -> None:
     if count.dtype != torch.int64 or count.numel() != 1 or count.device != device:
         raise RuntimeError(
-            f"num_batches_tracked should be one int64 on {device}, but got shape {tuple(count.shape)} of {count.dtype} "
-            f"on {count.device}"
+            f"num_batches_tracked should be one int64 on {device}, as running_mean is, but got shape "
+            f"{tuple(count.shape)} of {count.dtype} on {count.device}"
         )
 
 

@@ -171,6 +171,30 @@ def test_a_count_that_is_none(count: Tensor, backend: str) -> None:
     assert not statistics[0].any()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("beta", "threshold"), [(0.5, 0.0), (2.0, 5.0), (1.0, 10.0), (1.0, 20.0), (-1.0, 5.0)])
+def test_a_pool_behind_a_softplus_that_falls(beta: float, threshold: float, layout: str, capability: str) -> None:
+    """At its threshold; the largest input of a window was once taken for the largest output."""
+    at = threshold / beta
+    z = torch.randn(3, 4, 9, 8, generator=torch.Generator().manual_seed(0)) * 0.01 + at
+    x = LAYOUTS[layout](z).requires_grad_()
+    exact = z.double().requires_grad_()
+    act, pool = nn.Softplus(beta, threshold), nn.MaxPool2d(3, 2, 1)
+    got = fl.functional.batch_norm_act(x, torch.zeros(4), torch.ones(4), eps=0.0, act=act, pool=pool)
+    expected = pool(act(exact))
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(y.sum(), leaf)[0].double() for y, leaf in ((got, x), (expected, exact))]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_statistics_and_their_count_on_different_devices(backend: str) -> None:
+    """Either may be the wrong one, so the error names both."""
+    mean, var = torch.zeros(3, device="meta"), torch.ones(3)
+    with fl.use_backend(backend), pytest.raises(RuntimeError, match="int64 on meta, as running_mean is, but"):
+        fl.functional.batch_norm_act(torch.randn(2, 3), mean, var, training=True, num_batches_tracked=torch.tensor(0))
+
+
 _X = torch.ones(2, 3)
 
 

@@ -264,6 +264,8 @@ class Rounding:
             summed = self.deviation.flatten()
         else:
             inexact, summed = torch.zeros_like(self.var), self.x.abs().mean(self.dims)
+        if self.stores_between:
+            inexact = inexact + 1e-299  # by which synchronised.py keeps variances from being zero
         return {
             "running_mean": factor * self.unit * summed + before * _double(t.running_mean).abs(),
             "running_var": factor * (self.unit * unbiased + inexact) + before * _double(t.running_var).abs(),
@@ -380,8 +382,10 @@ def _overflows(rounding: Rounding) -> Tensor:
     if t.input.numel():
         largest_gradient = t.grad_output.double().transpose(0, 1).flatten(1).abs().amax(1)
         found |= ~(rounding.deviation.flatten() * largest_gradient < largest / 1e6)
-        if rounding.stores_between:
-            found |= rounding.scale.flatten() * largest_gradient >= torch.finfo(t.problem.dtype).max / 4
+        largest_stored = torch.finfo(t.problem.dtype).max if rounding.stores_between else largest
+        factors = largest_gradient, rounding.deviation.flatten(), rounding.mean.abs()
+        for factor in factors if rounding.stores_between else factors[1:]:
+            found |= rounding.scale.flatten() * factor >= largest_stored / 4
     return found
 
 

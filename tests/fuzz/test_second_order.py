@@ -30,7 +30,8 @@ def _ordinary(spec: Spec | None, mean: float, std: float, positive: bool = False
 @st.composite
 def _problems(draw: st.DrawFn) -> Problem:
     """With ordinary values and every choice else; now and then with a NaN."""
-    p = draw(problems(most=300) | problems(most=300, pooled=True))
+    # Torch cannot differentiate Hardsigmoid twice.
+    p = draw((problems(most=300) | problems(most=300, pooled=True)).filter(lambda p: p.act.name != "Hardsigmoid"))
     mean = draw(st.sampled_from((0.0, 1.0, 30.0)))
     input, grad_output = _ordinary(p.input, mean, 1.0), _ordinary(p.grad_output, 0.0, 1.0)
     assert input is not None
