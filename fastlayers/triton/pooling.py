@@ -303,10 +303,11 @@ def whole_pool(
     tiles_inner = 1
     if not ROWS:
         tiles_inner = tl.cdiv(pooled_inner, POOLED_B1)
+    # From the only tile's number, 0, on: Triton 3.9's interpreter counts in numbers of Python's, which have no dtype.
     for pooled_tile in range(tl.cdiv(pooled_outer, POOLED_B0) * tiles_inner):
         _pool_tile(
             X, Y, SELECTED, POSITIONS, MASK, high, low, scale, bias, drop_scale,
-            pooled_tile, block, pooled_outer, pooled_inner, channels, tiles_inner,
+            tile + pooled_tile, block, pooled_outer, pooled_inner, channels, tiles_inner,
             height, width, pooled_height, pooled_width, x_outer, x_channel, p_outer, p_channel,
             KEEP, ACT, A, B, C, MONOTONE, KH, KW, SH, SW, PH, PW, DH, DW, EDGES, POOLED_B0, POOLED_B1, VEC, ROWS, WIDE,
             ACC,
