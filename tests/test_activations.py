@@ -59,16 +59,22 @@ MONOTONE = [
     activations.resolve(nn.CELU(-2.0)),
     activations.resolve(nn.RReLU(-0.5, 0.2)),
     activations.resolve(nn.RReLU(-0.2, 0.5)),
-    activations.resolve(nn.Softplus(0.5, -3.0)),
+    *(
+        activations.resolve(nn.Softplus(*arguments))
+        for arguments in ((0.5, -3.0), (1.0, 0.0), (1.0, 10.0), (2.0, 20.0))
+    ),
 ]
 
 
 @pytest.mark.parametrize("activation", MONOTONE, ids=lambda a: f"{a.name} {dict(a.kwargs)}")
 def test_monotone(activation: activations.Activation) -> None:
-    """The largest of several values comes from the largest argument, or `monotone` says that it need not."""
+    """The largest of several values, as float32 sees them, is that of the largest argument, or `monotone` denies it."""
     z = torch.linspace(-40, 40, 800_001, dtype=torch.float64)
+    if activation.name == "softplus":  # falls at one point
+        beta, threshold, _ = activation.params
+        z = torch.cat((z, torch.tensor([-1e-12, 1e-12], dtype=torch.float64) + threshold / beta)).sort().values
     y = activation.in_evaluation().apply(z)
-    assert activation.monotone == bool((y.diff() > -1e-14).all())
+    assert activation.monotone == bool((y.diff() > -1e-8 * y[1:].abs().clamp_min(1)).all())
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if activations.resolve(n).derivatives is not None])
