@@ -172,7 +172,7 @@ STUDY = ["study", "run", "A1", "--only", "MLP", "--no-progress", "--threads", "1
 STUDY += ["--fraction", "0.3", "--out"]
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("times", [2, pytest.param(30, marks=pytest.mark.long)])
 def test_stopped_studies_go_on(times: int, tmp_path: Path) -> None:
     """Ctrl-C and kill -9 in turn, at any moment; what they find is what a study finds that nothing stopped."""
     chance = random.Random(0)
