@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from fastlayers import masks, ops
 
 NAMES = ("auto", "cpp", "cuda", "triton", "reference")
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 OPS = ("batch_norm_act", "batch_norm_act_pool", "dropout")
 
 #: Up to this many elements, torch's own layers one after the other take less time than an autograd.Function written in
@@ -250,12 +252,18 @@ def _before(chosen: str, device: str) -> Sequence[str]:
     return names[: names.index(chosen)] if chosen in names else names
 
 
-@torch.compiler.assume_constant_result
+def _constant_when_compiled(function: _F) -> _F:
+    """As `torch.compiler.assume_constant_result`, which would import the compiler, needed or not."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_compiled
 def _automatic(device: str, index: int | None) -> str:
     return next((name for name in _KERNELS.get(device, ()) if _problem(name, device, index) is None), "reference")
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _constant_problem(backend: str, device: str, index: int | None) -> str | None:
     return _problem(backend, device, index)
 

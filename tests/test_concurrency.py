@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 import fastlayers as fl
+from fastlayers.fusion import interrupts
 from fastlayers.fusion.trace import _ATTEMPTS
 from tests import scripts
 from tests.resources import Held, growth
@@ -441,6 +442,29 @@ def test_refused_calls_hold_nothing() -> None:
 
 # Ctrl-C
 
+
+@pytest.mark.parametrize("patience", [0.0, 60.0])
+def test_ctrl_c_given_again(patience: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soon after the first it is the same; later it is for what does not end."""
+    monkeypatch.setattr(interrupts, "_PATIENCE", patience)
+    done: list[int] = []
+
+    def block() -> None:
+        with interrupts.uninterrupted():
+            for step in range(3):
+                signal.raise_signal(signal.SIGINT)
+                time.sleep(1e-3)
+                done.append(step)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            block()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == ([0] if patience == 0 else [0, 1, 2])
+
+
 _INTERRUPTED = """
     import signal, threading, torch, fastlayers as fl
     from pathlib import Path
@@ -501,7 +525,7 @@ _INTERRUPTED = """
 """
 
 
-@pytest.mark.parametrize("times", [20, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("times", [20, pytest.param(500, marks=pytest.mark.long)])
 def test_ctrl_c_in_the_middle(times: int, tmp_path: Path) -> None:
     """Of kernels, of masks being drawn, of fusing: KeyboardInterrupt once the kernel has ended, and all works on."""
     interrupted: dict[str, int] = {}

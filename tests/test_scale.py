@@ -9,9 +9,12 @@ import copy
 import io
 import linecache
 import math
+import os
 import pickle
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -345,6 +348,33 @@ def test_steps_hold_nothing(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hundred_thousand_steps_hold_nothing(kind: str) -> None:
     _holds_nothing(kind, steps=100_000)
+
+
+@pytest.mark.parametrize("what", ["tensors", "threads", "files", "memory"])
+def test_what_steps_hold_is_told(what: str) -> None:
+    """Else the tests above could not fail."""
+    kept: list[object] = []
+    stop = threading.Event()
+
+    def thread() -> threading.Thread:
+        started = threading.Thread(target=stop.wait)
+        started.start()
+        return started
+
+    keep: dict[str, Callable[[], object]] = {
+        "tensors": lambda: torch.ones(1), "threads": thread, "files": Path(os.devnull).open,
+        "memory": lambda: b"x" * (1 << 20),
+    }  # fmt: skip
+    others = [torch.ones(1) for _ in range(100)]
+
+    def step() -> None:
+        kept.append(keep[what]())
+        others.pop()  # what went meanwhile hides nothing
+
+    grown, more = growth(step, 20)
+    stop.set()
+    assert more == ({what: 20} if what != "memory" else {})
+    assert (grown > ROOM) == (what == "memory")
 
 
 def test_fusing_again_and_again_holds_nothing() -> None:

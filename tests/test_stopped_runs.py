@@ -133,8 +133,8 @@ def test_ctrl_c_is_keyboard_interrupt_and_can_be_given_again(
     assert found(runner.run(small(), machine)) == found(whole)
 
 
-def test_runs_hold_no_threads_and_no_files(tmp_path: Path) -> None:
-    """Loggers are closed, also of runs that fail."""
+def test_runs_hold_nothing(tmp_path: Path) -> None:
+    """No tensors, threads and files: loggers are closed, also of runs that fail."""
 
     def run(number: int) -> None:
         for changes in ({}, {"batch_size": 10**9}):
@@ -145,8 +145,7 @@ def test_runs_hold_no_threads_and_no_files(tmp_path: Path) -> None:
     before = Held.now()
     for number in range(1, 4):
         run(number)
-    more = Held.now().beyond(before)
-    assert more.keys() <= {"tensors"}  # Lightning's last trainer holds a model
+    assert not Held.now().beyond(before)
 
 
 # Runs a study in a process forked from it, in each folder whose name it reads, and says which process and how it ended.
@@ -173,7 +172,7 @@ STUDY = ["study", "run", "A1", "--only", "MLP", "--no-progress", "--threads", "1
 STUDY += ["--fraction", "0.3", "--out"]
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("times", [2, pytest.param(30, marks=pytest.mark.long)])
 def test_stopped_studies_go_on(times: int, tmp_path: Path) -> None:
     """Ctrl-C and kill -9 in turn, at any moment; what they find is what a study finds that nothing stopped."""
     chance = random.Random(0)
@@ -190,7 +189,8 @@ def test_stopped_studies_go_on(times: int, tmp_path: Path) -> None:
             stopped[number] += status != 0
             if status:
                 said = (tmp_path / "errors").read_text()
-                assert status == -signal.SIGKILL if number == signal.SIGKILL else _KEYBOARD.search(said), said
+                # The signal itself ends Python that has all but ended.
+                assert status == -number or (number == signal.SIGINT and _KEYBOARD.search(said)), said
                 assert number == signal.SIGKILL or set(tmp_path.rglob(".*.partial")) <= before
 
     scripts.output_of(_STUDIES, tmp_path, *STUDY, meanwhile=stop)

@@ -91,7 +91,7 @@ _WRITER = """
 """
 
 
-@pytest.mark.parametrize("times", [20, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("times", [20, pytest.param(500, marks=pytest.mark.long)])
 def test_kill_in_the_middle_of_writing(times: int, tmp_path: Path) -> None:
     """What is there is whole, and what was whole is not lost."""
     chance = random.Random(0)

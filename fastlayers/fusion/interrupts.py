@@ -5,14 +5,18 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+# Seconds. A key held down, or a launcher that passes on what the terminal has sent already, gives it twice at once.
+_PATIENCE = 1.0
+
 
 @contextmanager
 def uninterrupted() -> Iterator[Callable[[], None]]:
-    """Ctrl-C takes effect at the end of the block; only a second one at once, in case the block does not end.
+    """Ctrl-C takes effect at the end of the block; at once only when given again a second later: it may not end.
 
     Yields a function: where the block calls it, Ctrl-C takes effect before.
 
@@ -22,12 +26,13 @@ def uninterrupted() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield lambda: None
         return
-    pending: list[int] = []
+    pending: list[float] = []
 
     def hold_back(number: int, frame: FrameType | None) -> None:
-        if pending:
+        now = time.monotonic()
+        if pending and now - pending[0] > _PATIENCE:
             handler(number, frame)
-        pending.append(number)
+        pending.append(now)
 
     def take_effect() -> None:
         if pending:

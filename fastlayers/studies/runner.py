@@ -185,7 +185,7 @@ class _Interruptible(Callback):
 
     @contextmanager
     def during(self, trainer: pl.Trainer) -> Iterator[None]:
-        """While `trainer` is at work in the block. A second Ctrl-C takes effect at once."""
+        """While `trainer` is at work in the block. Ctrl-C takes effect at once when given again a second later."""
         try:
             with uninterrupted() as self._take_effect:
                 yield
