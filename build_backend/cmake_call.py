@@ -43,7 +43,8 @@ def _configure(options: dict[str, str]) -> None:
     stamp = BUILD_DIR / "environment.txt"
     settings = _settings()
     nvcc_by_pip = settings.get("FASTLAYERS_NVCC", "")
-    environment = repr([sysconfig.get_path("include"), *map(os.environ.get, _COMPILER_VARIABLES)])
+    # The folder, too: a checkout may have been moved or copied, and CMake's cache names the old one.
+    environment = repr([str(BUILD_DIR), sysconfig.get_path("include"), *map(os.environ.get, _COMPILER_VARIABLES)])
     before, _, nvcc_before = stamp.read_text("utf-8").partition("\n") if stamp.exists() else ("", "", "")
     nvcc_is_gone = bool(nvcc_before) and not nvcc_by_pip
     if nvcc_is_gone and settings["FASTLAYERS_CUDA"] == "auto":

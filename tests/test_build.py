@@ -200,6 +200,24 @@ class TestWhereABuildWrites:
         assert said.startswith("Another build of fastlayers is running in ")  # else "mine"
         assert (rest, second.returncode) == ("mine\n", 0)
 
+    def test_copied_checkout_does_not_take_the_cache_that_names_the_first(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, copy = tmp_path / "first", tmp_path / "copy"
+        monkeypatch.setattr(cmake_call, "_settings", lambda: {"FASTLAYERS_CUDA": "0"})
+        monkeypatch.setattr(cmake_call, "_run", lambda *arguments: cmake_call.BUILD_DIR.mkdir(exist_ok=True))
+
+        def cache_after_configuring(folder: Path) -> bool:
+            monkeypatch.setattr(cmake_call, "BUILD_DIR", folder)
+            cmake_call._configure({})
+            return (folder / "CMakeCache.txt").exists()
+
+        assert not cache_after_configuring(first)
+        (first / "CMakeCache.txt").touch()
+        assert cache_after_configuring(first)
+        shutil.copytree(first, copy)
+        assert not cache_after_configuring(copy)
+
     @pytest.mark.parametrize("kind", ["build", "get_requires_for_build", "prepare_metadata_for_build"])
     @pytest.mark.parametrize("what", ["wheel", "editable", "sdist"])
     def test_every_hook_is_alone(self, kind: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
