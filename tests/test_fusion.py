@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import cProfile
+import gc
 import io
 import operator
 import pickle
 import re
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastlayers as fl
+from fastlayers.fusion import install
 from tests.fusion_models import MODELS, BasicBlock, ConvNormAct
 
 f64 = torch.float64
@@ -949,6 +952,24 @@ def test_residuals_that_are_not_fused(residual: Any, reason: str) -> None:
     torch.testing.assert_close(found, original(_image(), residual))
     ((fallback,),) = [chain.fallbacks for chain in fl.fusion_report(fused).fell_back]
     assert reason in fallback
+
+
+def test_what_the_garbage_collector_calls_is_not_the_forwards() -> None:
+    def clock(phase: str, info: dict[str, int]) -> None:
+        time.perf_counter()
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(clock)
+    gc.set_threshold(1)
+    try:
+        fused = fl.fuse(Residual())
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(clock)
+    assert gc.isenabled()
+    fusion = install.fusion_of(fused)
+    assert fusion is not None
+    assert len(fusion.variants) == 1  # where tracing fails, the arguments are tried as sequences
 
 
 def test_wider_residual_promotes() -> None:

@@ -82,6 +82,8 @@ ThreeTensors batch_norm_act_pool_bwd(Tensor grad_output, Tensor input, Tensor se
                                      std::vector<std::int64_t> window, bool ceil_mode, bool input_grad,
                                      bool affine_grad) {
   const Pool pool = pool_of(window, ceil_mode, input);
+  const Shape shape = shape_of_result(input);
+  check_pool_size(pool, shape);
   check_pooled("grad_output", grad_output, pool, input, input.scalar_type());
   check_pooled("selected", selected, pool, input, input.scalar_type());
   check_pooled("positions", positions, pool, input, ScalarType::Byte);
@@ -89,8 +91,6 @@ ThreeTensors batch_norm_act_pool_bwd(Tensor grad_output, Tensor input, Tensor se
   channels.check(input);
 
   const Gpu gpu(input);
-  const Shape shape = shape_of_result(input);
-  check_pool_size(pool, shape);
   Tensor grad_input = input_grad ? torch::stable::empty_like(input) : empty_vector(input, 0, input.scalar_type());
   Tensor grad_weight = channels.empty_gradient(weight, affine_grad);
   Tensor grad_bias = channels.empty_gradient(bias, affine_grad);
