@@ -9,6 +9,7 @@ import copy
 import io
 import linecache
 import math
+import mmap
 import os
 import pickle
 import threading
@@ -350,6 +351,13 @@ def test_a_hundred_thousand_steps_hold_nothing(kind: str) -> None:
     _holds_nothing(kind, steps=100_000)
 
 
+def _written(size: int) -> mmap.mmap:
+    """Memory of its own: malloc would give what others have freed."""
+    memory = mmap.mmap(-1, size)
+    memory.write(bytes(size))
+    return memory
+
+
 @pytest.mark.parametrize("what", ["tensors", "threads", "files", "memory"])
 def test_what_steps_hold_is_told(what: str) -> None:
     """Else the tests above could not fail."""
@@ -363,7 +371,7 @@ def test_what_steps_hold_is_told(what: str) -> None:
 
     keep: dict[str, Callable[[], object]] = {
         "tensors": lambda: torch.ones(1), "threads": thread, "files": Path(os.devnull).open,
-        "memory": lambda: b"x" * (1 << 20),
+        "memory": lambda: _written(1 << 20),
     }  # fmt: skip
     others = [torch.ones(1) for _ in range(100)]
 

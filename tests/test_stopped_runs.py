@@ -37,7 +37,10 @@ def small(**changes: Any) -> Job:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """The run that nothing stopped."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in every test
     result = runner.run(small(), runner.Machine(out=tmp_path_factory.mktemp("whole"), progress=False))
+    torch.set_num_threads(threads)
     assert result is not None
     return result
 
