@@ -254,7 +254,8 @@ def _before(chosen: str, device: str) -> Sequence[str]:
 
 def _constant_when_compiled(function: _F) -> _F:
     """As `torch.compiler.assume_constant_result`, which would import the compiler, needed or not."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    marked: Any = function  # to the checker, functions have no such attribute
+    marked._dynamo_marked_constant = True
     return function
 
 

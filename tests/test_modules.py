@@ -117,7 +117,9 @@ def test_state_of_the_first_version_loads(rank: int, cls: dict[int, type[nn.Modu
     state = THEIRS[rank](4).state_dict()
     del state["num_batches_tracked"]
     state._metadata[""]["version"] = 1  # type: ignore[attr-defined]
-    cls[rank](4).load_state_dict(state, strict=True)
+    layer = cls[rank](4)
+    layer.load_state_dict(state, strict=True)
+    assert layer.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("rank", RANKS)

@@ -158,6 +158,7 @@ def test_both_models_have_the_same_state() -> None:
     for name in models.PLANS:
         eager, fused = (models.build_cnn(name, layers) for layers in (fl.models.torch_layers, fl.models.fused_layers))
         fused.load_state_dict(eager.state_dict(), strict=True)
+        assert list(fused.state_dict()) == list(eager.state_dict())
 
 
 @pytest.mark.parametrize(("name", "shape"), [("digits", (2, 1, 8, 8)), ("cifar10", (2, 3, 32, 32))])

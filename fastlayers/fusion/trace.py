@@ -193,11 +193,11 @@ def _no_functions_of_autograd(watch: _Watch, here: _Here) -> Iterator[None]:
 
     _not_compiled(apply)
     try:
-        setattr(function, "apply", classmethod(apply))  # noqa: B010
+        function.apply = classmethod(apply)
         yield
     finally:
         here.thread = None
-        setattr(function, "apply", before)  # noqa: B010
+        function.apply = before
 
 
 @contextmanager
