@@ -14,6 +14,7 @@ import dis
 import enum
 import functools
 import gc
+import importlib
 import inspect
 import operator
 import os
@@ -642,6 +643,8 @@ def trace(module: nn.Module, inline: frozenset[str] = frozenset(), kinds: Kinds 
 
 
 def _traced(module: nn.Module, inline: frozenset[str], kinds: Kinds) -> tuple[fx.Graph, _Tracer, _Watch]:
+    # torch imports its compiler where a forward first uses checkpointing, say; that is none of the forward's effects.
+    importlib.import_module("torch._dynamo")
     attempts = 0
     while True:
         attempts += 1
