@@ -1,4 +1,4 @@
-// fastlayers::batch_norm_act_fwd and _bwd on the CPU. library.cpp has their schemas.
+// fastlayers::batch_norm_act_fwd and _bwd on the CPU. schemas.h has their schemas.
 #pragma once
 
 #include <tuple>

@@ -27,10 +27,10 @@ void fill(const Tensor& t, double value) {
   });
 }
 
-const Tensor& checked(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) {
-  check_channel_vector("weight", weight, input);
-  check_channel_vector("bias", bias, input);
-  return input;
+std::vector<double> checked_values(const char* name, const OptionalTensor& values, const Tensor& input,
+                                   double missing) {
+  check_channel_vector(name, values, input);
+  return channel_values(values, input.size(1), missing);
 }
 
 }  // namespace
@@ -83,7 +83,7 @@ void RunningStatistics::update(double factor, const ForwardArgs& args) const {
 }
 
 AffineValues::AffineValues(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias)
-    : weight(channel_values(weight, input.size(1), 1)), bias(channel_values(bias, input.size(1), 0)) {}
+    : weight(checked_values("weight", weight, input, 1)), bias(checked_values("bias", bias, input, 0)) {}
 
 ForwardChannels::ForwardChannels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                  const RunningStatistics& running, bool training, std::optional<double> momentum,
@@ -92,7 +92,7 @@ ForwardChannels::ForwardChannels(const Tensor& input, const OptionalTensor& weig
       training_(training),
       momentum_(momentum),
       eps_(eps),
-      affine_(checked(input, weight, bias), weight, bias),
+      affine_(input, weight, bias),
       variance_(training ? affine_.weight.size() : 0) {
   running.check(input, training);
 }
@@ -129,7 +129,7 @@ BackwardChannels::BackwardChannels(const Tensor& input, const OptionalTensor& we
       mean_(mean),
       invstd_(invstd),
       training_(training),
-      affine_(checked(input, weight, bias), weight, bias),
+      affine_(input, weight, bias),
       weight_sums_(affine_grad ? affine_.weight.size() : 0),
       bias_sums_(weight_sums_) {
   check_saved_statistics("mean", mean, input);

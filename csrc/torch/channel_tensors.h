@@ -22,7 +22,7 @@ struct RunningStatistics {
   void update(double factor, const ForwardArgs& args) const;
 };
 
-// Weight and bias in double, 1 and 0 where there is none.
+// Weight and bias, checked, in double; 1 and 0 where there is none.
 struct AffineValues {
   std::vector<double> weight, bias;
 

@@ -1,4 +1,4 @@
-// The operators on CUDA tensors. library.cpp has their schemas, kernels/cuda what they call.
+// The operators on CUDA tensors. schemas.h has their schemas, kernels/cuda what they call.
 #pragma once
 
 #include "batch_norm_act.h"

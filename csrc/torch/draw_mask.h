@@ -1,4 +1,4 @@
-// fastlayers::draw_channel_mask and draw_element_mask on the CPU. library.cpp has their schemas.
+// fastlayers::draw_channel_mask and draw_element_mask on the CPU. schemas.h has their schemas.
 #pragma once
 
 #include <tuple>

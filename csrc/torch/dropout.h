@@ -1,4 +1,4 @@
-// fastlayers::dropout and the packing of masks on the CPU. library.cpp has their schemas.
+// fastlayers::dropout and the packing of masks on the CPU. schemas.h has their schemas.
 #pragma once
 
 #include "tensors.h"

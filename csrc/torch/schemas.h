@@ -1,5 +1,5 @@
 // The schemas of the operators that every device's kernels implement. Their meaning: fastlayers/reference.py; their
-// fake versions: fastlayers/ops.py.
+// fake versions: fastlayers/fakes.py.
 #pragma once
 
 namespace fastlayers::schemas {

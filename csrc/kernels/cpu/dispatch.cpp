@@ -37,24 +37,34 @@ struct Compiled {
   const RandomKernels* random;
 };
 
-bool runs_here(Capability capability) {
+bool is_compiled(Capability capability) {
+  switch (capability) {
+    case Capability::baseline: return true;
+    case Capability::avx2: return FASTLAYERS_HAVE_AVX2;
+    case Capability::avx512: return FASTLAYERS_HAVE_AVX512;
+  }
+  return false;
+}
+
+bool processor_has(Capability capability) {
+#if FASTLAYERS_HAVE_AVX2 || FASTLAYERS_HAVE_AVX512
   switch (capability) {
     case Capability::baseline: return true;
     case Capability::avx2:
-#if FASTLAYERS_HAVE_AVX2
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#else
-      return false;
-#endif
     case Capability::avx512:
-#if FASTLAYERS_HAVE_AVX512
-      return runs_here(Capability::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-      return false;
-#endif
+      return processor_has(Capability::avx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
   }
   return false;
+#else
+  return capability == Capability::baseline;
+#endif
+}
+
+bool runs_here(Capability capability) {
+  return is_compiled(capability) && processor_has(capability);
 }
 
 Capability allowed_by_environment() {

@@ -103,6 +103,16 @@ struct FusedElements {
     if (run.residual) z = z + load(run.residual + i, lanes);
     return kept ? activation.gradient(g, z) : V{};
   }
+
+  // Adds that gradient, and it times the deviation from the mean, to the sums.
+  template <class Lanes>
+  FL_INLINE void add_gradient(const BackwardRun<T>& run, std::int64_t i, const Affine<V>& k, Mask<S> kept, Lanes lanes,
+                              V& grad, V& grad_deviation) const {
+    const V x = load(run.input + i, lanes);
+    const V g = covered<S>(backward(run, i, x, k, kept, lanes), lanes);
+    grad += g;
+    grad_deviation += g * (x - k.mean);
+  }
 };
 
 template <class S, class Args>
@@ -152,6 +162,15 @@ InputGradient finish_sums(const BackwardArgs& args, std::int64_t c, GradientSums
   if (!args.training) return {};
   const auto count = static_cast<double>(args.geometry.count_per_channel());
   return InputGradient::training(args.invstd[c], rest, count, sums);
+}
+
+// The same from the sums of `parts` parts of the channel, each `stride` behind the one before it.
+template <class T>
+InputGradient finish_sums(const BackwardArgs& args, std::int64_t c, const GradientSums* sums, std::int64_t parts,
+                          std::int64_t stride) {
+  GradientSums total;
+  for (std::int64_t i = 0; i < parts; ++i) total.add(sums[i * stride]);
+  return finish_sums<T>(args, c, total);
 }
 
 // float sums are exact enough over this many additions; then they are carried over to double.

@@ -419,11 +419,8 @@ class PlanesBackward {
     const std::int64_t channels = args_.geometry.channels;
     Scratch<GradientSums> parts(channels * split_.spans);
     split_.each_span(args_.parallel_for, [&](std::int64_t i, std::int64_t c, Span s) { parts[i] = sums(c, s); });
-    for (std::int64_t c = 0; c < channels; ++c) {
-      GradientSums total;
-      for (std::int64_t s = 0; s < split_.spans; ++s) total.add(parts[c * split_.spans + s]);
-      coefficients[c] = finish_sums<T>(args_, c, total);
-    }
+    for (std::int64_t c = 0; c < channels; ++c)
+      coefficients[c] = finish_sums<T>(args_, c, parts.data() + c * split_.spans, split_.spans, 1);
   }
 
   std::int64_t spatial() const { return args_.geometry.spatial; }
@@ -486,11 +483,8 @@ class PlanesBackward {
           prefetch(runs[u].input + i + next_input);
           prefetch(runs[u].grad_output + i + next_grad);
         }
-        const V x = load(runs[u].input + i, lanes);
-        const V g =
-            covered<S>(fused_.backward(runs[u], i, x, s.affine, masks[u].template kept<S>(i, lanes), lanes), lanes);
-        grad[u] += g;
-        grad_deviation[u] += g * (x - s.affine.mean);
+        fused_.add_gradient(runs[u], i, s.affine, masks[u].template kept<S>(i, lanes), lanes, grad[u],
+                            grad_deviation[u]);
       }
     });
     for (int u = 0; u < kCount; ++u) s.grad[u] = grad[u], s.grad_deviation[u] = grad_deviation[u];

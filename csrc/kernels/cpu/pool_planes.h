@@ -377,11 +377,8 @@ class PlanesPoolBackward {
                        sums[i] = s.finish();
                      }
                    });
-    for (std::int64_t c = 0; c < g.channels; ++c) {
-      GradientSums total;
-      for (std::int64_t i = 0; i < per_channel; ++i) total.add(sums[c * per_channel + i]);
-      coefficients[c] = finish_sums<T>(args_, c, total);
-    }
+    for (std::int64_t c = 0; c < g.channels; ++c)
+      coefficients[c] = finish_sums<T>(args_, c, sums.data() + c * per_channel, per_channel, 1);
   }
 
   // The scratch memory of one thread, and what it does with one plane after the other.

@@ -605,7 +605,11 @@ class RowsPoolBackward {
       });
       return;
     } else {
-      sums_of_tiles(coefficients.data());
+      finish_sums_of_tiles<T>(args_, split_, coefficients.data(), [&](const Tile& t, GradientSums* to) {
+        TilePoolBackward<T> tile(args_, shares_.outputs(t), t);
+        const TileGradientSums<T> s = tile.sums();
+        for (std::int64_t c = 0; c < t.channels; ++c) to[c] = of_channel(s, c);
+      });
     }
     each_tile(args_, split_, Walk::forward, [&](std::int64_t, const Tile& t) {
       TilePoolBackward<T> tile(args_, shares_.outputs(t), t);
@@ -616,22 +620,6 @@ class RowsPoolBackward {
  private:
   static GradientSums of_channel(const TileGradientSums<T>& s, std::int64_t c) {
     return {s.total_grad.values[c], s.total_grad_deviation.values[c]};
-  }
-
-  void sums_of_tiles(InputGradient* coefficients) const {
-    const std::int64_t channels = args_.geometry.channels;
-    Scratch<GradientSums> parts(split_.tiles * channels);
-    each_tile(args_, split_, Walk::forward, [&](std::int64_t task, const Tile& t) {
-      TilePoolBackward<T> tile(args_, shares_.outputs(t), t);
-      const TileGradientSums<T> s = tile.sums();
-      GradientSums* to = parts.data() + task / split_.blocks * channels + t.channel;
-      for (std::int64_t c = 0; c < t.channels; ++c) to[c] = of_channel(s, c);
-    });
-    parallel_each(args_.parallel_for, channels, 16 * split_.tiles, [&](std::int64_t c) {
-      GradientSums total;
-      for (std::int64_t tile = 0; tile < split_.tiles; ++tile) total.add(parts[tile * channels + c]);
-      coefficients[c] = finish_sums<T>(args_, c, total);
-    });
   }
 
   void write(TilePoolBackward<T>& tile, const Tile& t, const InputGradient* coefficients) const {

@@ -544,6 +544,20 @@ struct TileGradientSums {
   }
 };
 
+// The input gradients' coefficients of all channels, where these have several tiles. add(tile, sums) stores a tile's
+// sums of each of its channels.
+template <class T, class F>
+void finish_sums_of_tiles(const BackwardArgs& args, const RowSplit& split, InputGradient* coefficients, F&& add) {
+  const std::int64_t channels = args.geometry.channels;
+  Scratch<GradientSums> parts(split.tiles * channels);
+  each_tile(args, split, Walk::forward, [&](std::int64_t task, const Tile& t) {
+    add(t, parts.data() + task / split.blocks * channels + t.channel);
+  });
+  parallel_each(args.parallel_for, channels, 16 * split.tiles, [&](std::int64_t c) {
+    coefficients[c] = finish_sums<T>(args, c, parts.data() + c, split.tiles, channels);
+  });
+}
+
 template <class T, class Act>
 class RowsBackward {
   using S = Compute<T>;
@@ -572,28 +586,16 @@ class RowsBackward {
         write(t, coefficients.data());
       });
     } else {
-      sums_of_tiles(coefficients.data());
+      finish_sums_of_tiles<T>(args_, split_, coefficients.data(), [&](const Tile& t, GradientSums* to) {
+        const TileGradientSums<T> s = sums(t);
+        for (std::int64_t c = 0; c < t.channels; ++c) to[c] = s.of_channel(columns_, t, c);
+      });
       each_tile(args_, split_, Walk::reverse, [&](std::int64_t, const Tile& t) { write(t, coefficients.data()); });
     }
   }
 
  private:
   static constexpr int kRowsAtOnce = 2;
-
-  void sums_of_tiles(InputGradient* coefficients) const {
-    const std::int64_t channels = args_.geometry.channels;
-    Scratch<GradientSums> parts(split_.tiles * channels);
-    each_tile(args_, split_, Walk::forward, [&](std::int64_t task, const Tile& t) {
-      const TileGradientSums<T> s = sums(t);
-      GradientSums* to = parts.data() + task / split_.blocks * channels + t.channel;
-      for (std::int64_t c = 0; c < t.channels; ++c) to[c] = s.of_channel(columns_, t, c);
-    });
-    parallel_each(args_.parallel_for, channels, 16 * split_.tiles, [&](std::int64_t c) {
-      GradientSums total;
-      for (std::int64_t tile = 0; tile < split_.tiles; ++tile) total.add(parts[tile * channels + c]);
-      coefficients[c] = finish_sums<T>(args_, c, total);
-    });
-  }
 
   BackwardRun<T> run_at(std::int64_t row, const Tile& t, const RowMasks& masks) const {
     return {row_start<T>(args_.grad_output, row, t), row_start<T>(args_.input, row, t),
@@ -632,15 +634,11 @@ class RowsBackward {
 // Unrolled, this loop would be half of the whole library.
 #pragma GCC unroll 1
       for (int r = 0; r < rows; ++r) {
-        const V x = load(runs[r].input + i, lanes);
         if (ahead) {
           prefetch(runs[r].input + i + ahead * args_.input.outer);
           prefetch(runs[r].grad_output + i + ahead * args_.grad_output.outer);
         }
-        const V g =
-            covered<S>(fused_.backward(runs[r], i, x, affine, masks[r].template kept<S>(i, lanes), lanes), lanes);
-        grad += g;
-        grad_deviation += g * (x - affine.mean);
+        fused_.add_gradient(runs[r], i, affine, masks[r].template kept<S>(i, lanes), lanes, grad, grad_deviation);
       }
       s.grad.set(i, grad);
       s.grad_deviation.set(i, grad_deviation);
