@@ -105,7 +105,7 @@ class ParameterGradients(NamedTuple):
     @property
     def wanted(self) -> bool:
         """Whether there is one."""
-        return self.pointers != (None, None)
+        return any(t.numel() for t in self)
 
     def of_nothing(self) -> None:
         """Gradients by a batch without elements."""
