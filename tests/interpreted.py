@@ -26,6 +26,7 @@ if _PROBLEM is not None and not torch.cuda.is_available():
     pytest.skip("TRITON_INTERPRET=1 has to be set from the start: test_triton.py does", allow_module_level=True)
 
 from fastlayers.triton import calls, launches, layouts, plans  # noqa: E402  (Triton may not be there)
+from fastlayers.triton.calls import batch_norm_act_pool, copies  # noqa: E402
 
 #: How channels are shared among programs: by tables of (elements of a tile, of a whole channel, programs wanted).
 WAYS = {"whole": (1024, 8192, 1), "one part": (128, 0, 1), "parts": (128, 0, 1000)}
@@ -83,8 +84,8 @@ def use(way: str, patch: pytest.MonkeyPatch) -> None:
 
 def forget() -> None:
     """Has launches be planned anew."""
-    calls._plan.cache_clear()
-    calls._pool_plan.cache_clear()
+    copies.plan_of.cache_clear()
+    batch_norm_act_pool.pool_plan_of.cache_clear()
 
 
 class _Guarded:
@@ -130,7 +131,7 @@ def put_canaries(patch: pytest.MonkeyPatch) -> None:
             if guard is not None:
                 guard.finish()
 
-    patch.setattr(calls, "launch", guarded)
+    patch.setattr(launches, "launch", guarded)
 
 
 def turn_around_the_order(patch: pytest.MonkeyPatch) -> None:

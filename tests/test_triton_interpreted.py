@@ -25,7 +25,8 @@ from tests.test_compile import LAYERS
 
 pytest.importorskip("triton")
 
-from fastlayers.triton import calls, ops, plans
+from fastlayers.triton import ops, plans
+from fastlayers.triton.calls import copies
 from tests.interpreted import (
     WAYS,
     check_same_again,
@@ -360,9 +361,9 @@ def test_triton_runs_on_regular_strides_without_copies(device: torch.device, mon
     rows = x.contiguous(memory_format=torch.channels_last)
     regular = [x, rows, x[:, 2:5], x[::2], rows[:, 2:5], rows[1:3], x.transpose(0, 1), x.flatten(2)[:, :, 3:9]]
     for t in regular:
-        assert not calls._plan_for(torch.empty_like(t), x=t).copied
+        assert not copies.plan_for(torch.empty_like(t), x=t).copied
     for t in (x[..., ::2], x[:, :, 1:3, 1:3], x.permute(3, 2, 1, 0)[:, :, ::2]):
-        assert calls._plan_for(torch.empty_like(t), x=t).copied
+        assert copies.plan_for(torch.empty_like(t), x=t).copied
 
 
 def test_triton_operators_say_what_is_wrong(device: torch.device) -> None:

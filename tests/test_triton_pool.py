@@ -24,7 +24,8 @@ from tests.oracle import check, eager, exact, fused, kinds, run
 
 pytest.importorskip("triton")
 
-from fastlayers.triton import calls, launches, ops, plans
+from fastlayers.triton import launches, ops, plans
+from fastlayers.triton.calls import batch_norm_act_pool
 from tests.interpreted import (
     WAYS,
     check_same_again,
@@ -310,7 +311,7 @@ def test_triton_pool_walks_regular_strides_without_copies(layout: str, device: t
     x = in_layout(torch.randn(4, 6, 4, 6, device=device), layout)
     pool = pooling.resolve(pool_layer("2/2", 2), 2)
     assert pool is not None
-    plan = calls._pool_plan(tuple(x.shape), x.dtype, x.stride(), pool.window, False)
+    plan = batch_norm_act_pool.plan_for(x, pool.window, False)
     assert plan.copied == (layout in ("reversed", "every_second"))
     assert plan.irregular == (layout == "reversed")
 
@@ -375,7 +376,7 @@ def test_triton_pool_is_fused(device: torch.device, monkeypatch: pytest.MonkeyPa
         launched.append(_name(kernel))
         launch(kernel, *rest)
 
-    monkeypatch.setattr(calls, "launch", watched)
+    monkeypatch.setattr(launches, "launch", watched)
     layer = fl.BatchNormAct2d(3, act_layer="relu", drop_p=0.5, pool=nn.MaxPool2d(2)).to(device)
     x = torch.randn(4, 3, 8, 8, device=device, requires_grad=True)
     layer(x).sum().backward()

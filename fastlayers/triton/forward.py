@@ -56,9 +56,12 @@ def _merged(means, m2s, counts, axis: tl.constexpr):
 @triton.jit
 def merged_tile(means, m2s, counts, ROWS: tl.constexpr):
     """`_merged` of all lanes of a tile that belong to a channel: vectors in float64."""
-    if not ROWS:
-        means, m2s, counts = tl.ravel(means)[:, None], tl.ravel(m2s)[:, None], tl.ravel(counts)[:, None]
-    mean, m2, count = _merged(means, m2s, counts, 0)
+    if ROWS:
+        mean, m2, count = _merged(means, m2s, counts, 0)
+    else:
+        # In one dimension: a column of them Triton 3.6 lays out so that each thread holds all, on its stack.
+        mean, m2, count = _merged(tl.ravel(means), tl.ravel(m2s), tl.ravel(counts), 0)
+        mean, m2, count = tl.expand_dims(mean, 0), tl.expand_dims(m2, 0), tl.expand_dims(count, 0)
     return mean, m2, count.to(tl.float64)
 
 
