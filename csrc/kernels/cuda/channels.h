@@ -84,6 +84,12 @@ __device__ __forceinline__ ChannelAffine<S> channel_affine(const Args& args, std
   return {s.mean, s.invstd, read(args.weight, c, 1), read(args.bias, c, 0)};
 }
 
+// With the statistics of forward.
+template <class S>
+__device__ __forceinline__ ChannelAffine<S> saved_affine(const BackwardArgs& args, std::int64_t c) {
+  return channel_affine<S>(args, c, {args.mean[c], args.invstd[c]});
+}
+
 // What a channel's input gradients need, in the type that elements are computed in.
 template <class S>
 struct Gradient {

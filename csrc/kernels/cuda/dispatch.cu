@@ -1,5 +1,5 @@
 // The functions of kernels.h: they find the storage type. Also what is the same for all types.
-#include "planes.h"
+#include "plan.h"
 #include "pointwise.h"
 #include "storage_kernels.h"
 
@@ -48,8 +48,7 @@ __global__ void __launch_bounds__(kPointwiseThreads)
 __global__ void __launch_bounds__(kPointwiseThreads) kept_as_bools(std::int64_t numel, const Keep keep, bool* mask) {
   const std::int64_t first = (std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kGroup;
   if (first >= numel) return;
-  const unsigned bits =
-      kept_bits(static_cast<std::uint64_t>(*keep.seed), keep_threshold(keep.scale), static_cast<std::uint64_t>(first));
+  const unsigned bits = KeptElements(keep).from(first);
   for (int e = 0; e < kGroup && first + e < numel; ++e) mask[first + e] = bits >> e & 1;
 }
 

@@ -20,6 +20,21 @@ struct PerElement {
   __device__ __forceinline__ const V& operator[](int i) const { return values[i]; }
 };
 
+// The affines in the Gradients of a group's elements.
+template <class Gradients>
+struct AffinesOf {
+  const Gradients& gradients;
+  __device__ __forceinline__ const auto& operator[](int i) const { return gradients[i].affine; }
+};
+
+// The operands of backward at one group; read only where they matter.
+template <class T>
+struct BackwardGroup {
+  Group<T> grad_output = zeros<T>(), x = zeros<T>(), residual = zeros<T>();
+  unsigned flat = 0;  // a bit per element where the flat bits of forward are given instead of the residual
+  unsigned kept = 0;  // by dropout: also a bit per element
+};
+
 // Calls f(activation, i) for each element of a group. double has no registers for all elements at once.
 template <Activations kWhich, class S, int kCount = kGroup, class F>
 __device__ __forceinline__ void each_element(const ActivationCall& call, F&& f) {
@@ -64,35 +79,51 @@ __device__ __forceinline__ Group<T> forward_group(const ForwardArgs& args, const
   return output;
 }
 
-// The gradients of what goes into the activation, to g; zero where not kept, whatever the gradient there is. `flat` has
-// a bit per element where the flat bits of forward are given instead of the residual.
+// The gradients of what goes into the activation, to g; zero where not kept, whatever the gradient there is.
 template <Activations kWhich, class T, class Affines>
-__device__ __forceinline__ void backward_group(const BackwardArgs& args, const Group<T>& grad_output, const Group<T>& x,
-                                               const Group<T>& residual, unsigned flat, const Affines& affine,
-                                               unsigned kept, Compute<T> (&g)[kGroup]) {
+__device__ __forceinline__ void backward_group(const BackwardArgs& args, const BackwardGroup<T>& group,
+                                               const Affines& affine, Compute<T> (&g)[kGroup]) {
   using S = Compute<T>;
   const auto scale = static_cast<S>(args.keep.scale);
   const auto one = [&](auto activation, int i) {
-    S z = normalize<S>(x[i], affine[i].mean, affine[i].scale, affine[i].shift);
-    if (args.residual.data) z += residual[i];
+    S z = normalize<S>(group.x[i], affine[i].mean, affine[i].scale, affine[i].shift);
+    if (args.residual.data) z += group.residual[i];
     S before;
     if constexpr (decltype(activation)::two_valued) {
-      const bool is_flat = args.flat_bits ? flat >> i & 1 : static_cast<bool>(activation.flat(z));
-      before = activation.gradient_if(grad_output[i] * scale, is_flat);
+      const bool is_flat = args.flat_bits ? group.flat >> i & 1 : static_cast<bool>(activation.flat(z));
+      before = activation.gradient_if(group.grad_output[i] * scale, is_flat);
     } else {
-      before = activation.gradient(grad_output[i] * scale, z);
+      before = activation.gradient(group.grad_output[i] * scale, z);
     }
-    g[i] = kept >> i & 1 ? before : S(0);
+    g[i] = group.kept >> i & 1 ? before : S(0);
   };
   each_element<kWhich, S>(args.activation, one);
 }
 
-// The gradient of the input from that, g. In evaluation mode the statistics are constants.
-template <class S, class Gradients>
-__device__ __forceinline__ S input_gradient_at(const BackwardArgs& args, const Gradients& gradient, int i, S g, S x) {
-  const auto& k = gradient[i];
-  if (!args.training) return g * k.affine.scale;
-  return input_gradient<S>(g, x, k.affine.mean, k.affine.scale, k.by_deviation, k.constant);
+template <class T>
+__device__ __forceinline__ Group<T> narrowed(const Compute<T> (&values)[kGroup]) {
+  Group<T> group;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) group.set(i, values[i]);
+  return group;
+}
+
+// The gradients of the input from those, `before`, and from the input, x. In evaluation mode the statistics are
+// constants.
+template <class T, class Gradients, class Before>
+__device__ __forceinline__ Group<T> input_gradient_group(const BackwardArgs& args, const Gradients& gradients,
+                                                         const Before& before, const Group<T>& x) {
+  Group<T> result;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    const auto& k = gradients[i];
+    if (args.training)
+      result.set(
+          i, input_gradient<Compute<T>>(before[i], x[i], k.affine.mean, k.affine.scale, k.by_deviation, k.constant));
+    else
+      result.set(i, before[i] * k.affine.scale);
+  }
+  return result;
 }
 
 }  // namespace fastlayers::cuda

@@ -7,20 +7,19 @@
 #pragma once
 
 #include "divisor.h"
-#include "elements.h"
-#include "philox.h"
-#include "plan.h"
+#include "keep.h"
 #include "sums.h"
+#include "tiles.h"
 
 namespace fastlayers::cuda {
 
-// Which tensors can be moved in words of 16 bytes: those whose groups begin at multiples of it.
-struct Aligned {
-  bool input = false, residual = false, output = false;                 // forward
-  bool grad_output = false, grad_input = false, grad_residual = false;  // backward, besides input and residual
-};
+struct PlaneGroup;
+class KeptPlanes;
 
 struct PlanesWalk {
+  using Place = PlaneGroup;
+  using Dropout = KeptPlanes;
+
   std::int64_t channels = 0, spatial = 0;
   std::uint32_t groups = 0;  // of a channel
   Divisor groups_per_plane;
@@ -72,10 +71,15 @@ __device__ __forceinline__ int skew_of(const PlanesWalk& walk, std::int64_t chan
   return walk.whole_groups ? 0 : static_cast<int>(plane_of(walk, channel, sample) * walk.spatial & (kGroup - 1));
 }
 
+template <int kTile>
+__device__ __forceinline__ std::uint32_t tiles_of(const PlanesWalk&, const PlanesPart& part) {
+  return part.tiles;
+}
+
 // The u-th group of this thread in tile i of a block's part, of kTile groups for each thread.
 template <int kTile, class Part>
-__device__ __forceinline__ PlaneGroup plane_group(const PlanesWalk& walk, const Part& part, std::uint32_t i,
-                                                  std::uint32_t u) {
+__device__ __forceinline__ PlaneGroup group_at(const PlanesWalk& walk, const Part& part, std::uint32_t i,
+                                               std::uint32_t u) {
   const std::uint32_t group = part.template tile_begin<kTile>(walk, i) + u * blockDim.x + threadIdx.x;
   PlaneGroup at;
   if (group >= part.end) return at;
@@ -90,41 +94,41 @@ __device__ __forceinline__ PlaneGroup plane_group(const PlanesWalk& walk, const 
   return at;
 }
 
-template <class T>
-__device__ __forceinline__ const T* at(const Source& from, const PlaneGroup& g, std::int64_t channel) {
-  return static_cast<const T*>(from.data) + (g.sample * from.outer + channel * from.inner + g.first());
-}
-template <class T>
-__device__ __forceinline__ T* at(const Target& to, const PlaneGroup& g, std::int64_t channel) {
-  return static_cast<T*>(to.data) + (g.sample * to.outer + channel * to.inner + g.first());
+// Where a group of a channel begins in a tensor's memory; may be before its start.
+template <class Tensor>
+__device__ __forceinline__ std::int64_t offset_in(const Tensor& tensor, std::int64_t channel, const PlaneGroup& g) {
+  return g.sample * tensor.outer + channel * tensor.inner + g.first();
 }
 
-template <class P>
-__device__ __forceinline__ P* flat_byte(P* flat_bits, const PlanesWalk& walk, std::int64_t channel,
-                                        const PlaneGroup& g) {
-  return flat_bits ? flat_bits + (plane_of(walk, channel, g.sample) * walk.groups_per_plane.divisor + g.number)
-                   : nullptr;
+template <class T, class Part>
+__device__ __forceinline__ Group<T> load(const Source& from, const PlanesWalk&, const Part& part, const PlaneGroup& g,
+                                         bool aligned) {
+  return load(static_cast<const T*>(from.data) + offset_in(from, part.channel, g), g.valid, aligned);
 }
 
-__device__ __forceinline__ bool is_kept(const Keep& keep, std::int64_t plane) {
-  switch (keep.plane_bytes) {
-    case 1: return static_cast<const std::uint8_t*>(keep.planes)[plane] != 0;
-    case 2: return static_cast<const std::uint16_t*>(keep.planes)[plane] != 0;
-    case 4: return static_cast<const std::uint32_t*>(keep.planes)[plane] != 0;
-    default: return static_cast<const std::uint64_t*>(keep.planes)[plane] != 0;
+template <class T>
+__device__ __forceinline__ void store(const Target& to, const PlanesWalk&, const PlanesPart& part, const PlaneGroup& g,
+                                      const Group<T>& group, bool aligned) {
+  store(static_cast<T*>(to.data) + offset_in(to, part.channel, g), group, g.valid, aligned);
+}
+
+__device__ __forceinline__ std::int64_t flat_byte_of(const PlanesWalk& walk, const PlanesPart& part,
+                                                     const PlaneGroup& g) {
+  return plane_of(walk, part.channel, g.sample) * walk.groups_per_plane.divisor + g.number;
+}
+
+// What dropout keeps of a thread's groups.
+class KeptPlanes {
+ public:
+  __device__ __forceinline__ unsigned of(const Keep& keep, const PlanesWalk& walk, const PlanesPart& part,
+                                         const PlaneGroup& g) const {
+    const unsigned valid = g.valid.bits();
+    if (!valid || !(keep.planes || keep.seed)) return valid;
+    const std::int64_t plane = plane_of(walk, part.channel, g.sample);
+    if (keep.planes) return is_kept(keep, plane) ? valid : 0;
+    return valid & KeptElements(keep).from(plane * walk.spatial + g.first());
   }
-}
-
-// Which elements of a group dropout keeps, as bits; none that are not there.
-__device__ __forceinline__ unsigned kept_of(const Keep& keep, const PlanesWalk& walk, std::int64_t channel,
-                                            const PlaneGroup& g) {
-  const unsigned valid = g.valid.bits();
-  if (!valid || !(keep.planes || keep.seed)) return valid;
-  const std::int64_t plane = plane_of(walk, channel, g.sample);
-  if (keep.planes) return is_kept(keep, plane) ? valid : 0;
-  const auto first = static_cast<std::uint64_t>(plane * walk.spatial + g.first());
-  return valid & kept_bits(static_cast<std::uint64_t>(*keep.seed), keep_threshold(keep.scale), first);
-}
+};
 
 // A block's shared memory: room for its sums and what it works out of them, then the tiles that it keeps.
 template <class Numbers>
@@ -152,10 +156,10 @@ __device__ __forceinline__ Deviations<Compute<T>> collect_forward(const ForwardA
     int count = 0;
 #pragma unroll
     for (int u = 0; u < kTile; ++u) {
-      const PlaneGroup g = plane_group<kTile>(walk, part, i, u);
+      const PlaneGroup g = group_at<kTile>(walk, part, i, u);
       valid[u] = g.valid;
       count += g.valid.empty() ? 0 : g.valid.end - g.valid.begin;
-      x[u] = load(at<T>(args.input, g, part.channel), g.valid, walk.aligned.input);
+      x[u] = load<T>(args.input, walk, part, g, walk.aligned.input);
       keep(i, u, x[u]);
     }
     constexpr int kCount = kTile * kGroup;
@@ -168,150 +172,35 @@ __device__ __forceinline__ Deviations<Compute<T>> collect_forward(const ForwardA
   return deviations;
 }
 
-// How many of a tile's groups are in hand at once where their outputs are computed: the residual is loaded besides.
-constexpr int applied_at_once(int groups) {
-  return groups > 2 ? groups / 2 : groups;
-}
-
-// Writes the output of a block's part of a channel.
-template <class T, int kTile, Activations kWhich>
-__device__ __forceinline__ void apply_forward(const ForwardArgs& args, const PlanesWalk& walk, const PlanesPart& part,
-                                              const ChannelAffine<Compute<T>>& affine, unsigned char* kept_tiles) {
-  constexpr int kHand = applied_at_once(kTile);
-  const Uniform<ChannelAffine<Compute<T>>> affines{affine};
-  for (std::uint32_t step = part.tiles * (kTile / kHand); step-- > 0;) {
-    const std::uint32_t i = step / (kTile / kHand), first = step % (kTile / kHand) * kHand;
-    PlaneGroup g[kHand];
-    Group<T> x[kHand], residual[kHand];
-    unsigned kept[kHand];
-#pragma unroll
-    for (int u = 0; u < kHand; ++u) {
-      g[u] = plane_group<kTile>(walk, part, i, first + u);
-      kept[u] = kept_of(args.keep, walk, part.channel, g[u]);
-      x[u] = residual[u] = zeros<T>();
-      if (!kept[u]) continue;
-      x[u] = i < walk.kept_tiles ? Kept<T>::get(kept_tiles, i * kTile + first + u)
-                                 : load(at<T>(args.input, g[u], part.channel), g[u].valid, walk.aligned.input);
-      if (args.residual.data)
-        residual[u] = load(at<T>(args.residual, g[u], part.channel), g[u].valid, walk.aligned.residual);
-    }
-#pragma unroll
-    for (int u = 0; u < kHand; ++u) {
-      if (g[u].valid.empty()) continue;
-      std::uint8_t* flat = flat_byte(args.flat_bits, walk, part.channel, g[u]);
-      const Group<T> output = forward_group<kWhich>(args, x[u], residual[u], affines, kept[u], flat);
-      store(at<T>(args.output, g[u], part.channel), output, g[u].valid, walk.aligned.output);
-    }
+// Sums of a channel's gradients: those of a tile, of which the type that elements are computed in has digits enough,
+// and of all.
+template <class S>
+class GradientsOfChannel {
+ public:
+  __device__ __forceinline__ void add(int, S grad, S deviation) {
+    grad_ += grad;
+    grad_deviation_ += grad * deviation;
   }
-}
+  __device__ __forceinline__ void end_tile(bool) {
+    sums_.add({static_cast<double>(grad_), static_cast<double>(grad_deviation_)});
+    grad_ = grad_deviation_ = 0;
+  }
+  __device__ __forceinline__ const Pair& sums() const { return sums_; }
 
-// The operands of backward at one group; read only where they matter.
-template <class T>
-struct BackwardGroup {
-  Group<T> grad_output = zeros<T>(), x = zeros<T>(), residual = zeros<T>();
-  unsigned flat = 0;
+ private:
+  S grad_ = 0, grad_deviation_ = 0;
+  Pair sums_;
 };
 
-template <class T>
-__device__ __forceinline__ void load_besides(BackwardGroup<T>& group, const BackwardArgs& args, const PlanesWalk& walk,
-                                             std::int64_t channel, const PlaneGroup& g) {
-  if (args.flat_bits)
-    group.flat = *flat_byte(args.flat_bits, walk, channel, g);
-  else if (args.residual.data)
-    group.residual = load(at<T>(args.residual, g, channel), g.valid, walk.aligned.residual);
-}
-
-// Sums the gradients of a block's part of a channel; keeps the gradients of the output and the inputs of its first
-// tiles.
+// The sums of a block's part of a channel, which this thread has a part in.
 template <class T, int kTile, Activations kWhich>
-__device__ __forceinline__ Pair collect_backward(const BackwardArgs& args, const PlanesWalk& walk,
-                                                 const PlanesPart& part, const ChannelAffine<Compute<T>>& affine,
-                                                 unsigned char* kept_tiles) {
+__device__ __forceinline__ Pair sum_backward(const BackwardArgs& args, const PlanesWalk& walk, const PlanesPart& part,
+                                             unsigned char* kept_tiles) {
   using S = Compute<T>;
-  const Uniform<ChannelAffine<S>> affines{affine};
-  Pair sums;
-  for (std::uint32_t i = 0; i < part.tiles; ++i) {
-    BackwardGroup<T> group[kTile];
-    unsigned kept[kTile];
-#pragma unroll
-    for (int u = 0; u < kTile; ++u) {
-      const PlaneGroup g = plane_group<kTile>(walk, part, i, u);
-      kept[u] = kept_of(args.keep, walk, part.channel, g);
-      if (!kept[u]) continue;
-      group[u].grad_output = load(at<T>(args.grad_output, g, part.channel), g.valid, walk.aligned.grad_output);
-      group[u].x = load(at<T>(args.input, g, part.channel), g.valid, walk.aligned.input);
-      load_besides(group[u], args, walk, part.channel, g);
-      if (i < walk.kept_tiles) {
-        Kept<T>::put(kept_tiles, 2 * (i * kTile + u), group[u].grad_output);
-        Kept<T>::put(kept_tiles, 2 * (i * kTile + u) + 1, group[u].x);
-      }
-    }
-    S grad = 0, grad_deviation = 0;
-#pragma unroll
-    for (int u = 0; u < kTile; ++u) {
-      S g[kGroup];
-      backward_group<kWhich>(args, group[u].grad_output, group[u].x, group[u].residual, group[u].flat, affines, kept[u],
-                             g);
-#pragma unroll
-      for (int e = 0; e < kGroup; ++e) {
-        grad += g[e];
-        grad_deviation += g[e] * (group[u].x[e] - affine.mean);
-      }
-    }
-    sums.add({static_cast<double>(grad), static_cast<double>(grad_deviation)});
-  }
-  return sums;
-}
-
-// Writes the gradients of a block's part of a channel.
-template <class T, int kTile, Activations kWhich>
-__device__ __forceinline__ void apply_backward(const BackwardArgs& args, const PlanesWalk& walk, const PlanesPart& part,
-                                               const Gradient<Compute<T>>& gradient, unsigned char* kept_tiles) {
-  using S = Compute<T>;
-  const Uniform<ChannelAffine<S>> affines{gradient.affine};
-  const Uniform<Gradient<S>> gradients{gradient};
-  for (std::uint32_t i = part.tiles; i-- > 0;) {
-    PlaneGroup g[kTile];
-    BackwardGroup<T> group[kTile];
-    unsigned kept[kTile];
-#pragma unroll
-    for (int u = 0; u < kTile; ++u) {
-      g[u] = plane_group<kTile>(walk, part, i, u);
-      kept[u] = kept_of(args.keep, walk, part.channel, g[u]);
-      if (g[u].valid.empty()) continue;
-      const bool in_shared = kept[u] && i < walk.kept_tiles;
-      if (in_shared) {
-        group[u].grad_output = Kept<T>::get(kept_tiles, 2 * (i * kTile + u));
-        group[u].x = Kept<T>::get(kept_tiles, 2 * (i * kTile + u) + 1);
-      } else {
-        if (kept[u])
-          group[u].grad_output =
-              load(at<T>(args.grad_output, g[u], part.channel), g[u].valid, walk.aligned.grad_output);
-        if (kept[u] || args.training)
-          group[u].x = load(at<T>(args.input, g[u], part.channel), g[u].valid, walk.aligned.input);
-      }
-      if (kept[u]) load_besides(group[u], args, walk, part.channel, g[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kTile; ++u) {
-      if (g[u].valid.empty()) continue;
-      S before[kGroup];
-      backward_group<kWhich>(args, group[u].grad_output, group[u].x, group[u].residual, group[u].flat, affines, kept[u],
-                             before);
-      Group<T> result;
-      if (args.grad_input.data) {
-#pragma unroll
-        for (int e = 0; e < kGroup; ++e)
-          result.set(e, input_gradient_at<S>(args, gradients, e, before[e], group[u].x[e]));
-        store(at<T>(args.grad_input, g[u], part.channel), result, g[u].valid, walk.aligned.grad_input);
-      }
-      if (args.grad_residual.data) {
-#pragma unroll
-        for (int e = 0; e < kGroup; ++e) result.set(e, before[e]);
-        store(at<T>(args.grad_residual, g[u], part.channel), result, g[u].valid, walk.aligned.grad_residual);
-      }
-    }
-  }
+  const Uniform<ChannelAffine<S>> affines{saved_affine<S>(args, part.channel)};
+  GradientsOfChannel<S> gradients;
+  collect_backward<T, kTile, kWhich>(args, walk, part, affines, kept_tiles, gradients);
+  return gradients.sums();
 }
 
 // Forward in one kernel: each channel has one block, or the blocks of a cluster.
@@ -332,7 +221,7 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(kWhich =
     shared.numbers = channel_affine<S>(args, part.channel, found);
   }
   cluster_sync();  // the numbers are there, and no block of the cluster ends while another reads its total
-  apply_forward<T, kTile, kWhich>(args, walk, part, shared.numbers, Shared::tiles());
+  apply_forward<T, kTile, kWhich>(args, walk, part, Uniform<ChannelAffine<S>>{shared.numbers}, Shared::tiles());
 }
 
 // Forward in two kernels: the sums of each block's part of a channel go to `partial`.
@@ -377,12 +266,7 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(kWhich =
   const Pair sums = args.training ? sum_of_parts(part.channel, walk.splits, partial, shared.scratch) : Pair{};
   if (threadIdx.x == 0) shared.numbers = finished_affine<T>(args, part.channel, sums, part.leads);
   __syncthreads();
-  apply_forward<T, kTile, kWhich>(args, walk, part, shared.numbers, nullptr);
-}
-
-template <class T>
-__device__ __forceinline__ ChannelAffine<Compute<T>> saved_affine(const BackwardArgs& args, std::int64_t c) {
-  return channel_affine<Compute<T>>(args, c, {args.mean[c], args.invstd[c]});
+  apply_forward<T, kTile, kWhich>(args, walk, part, Uniform<ChannelAffine<S>>{shared.numbers}, nullptr);
 }
 
 template <class T, int kTile, Activations kWhich>
@@ -392,12 +276,11 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(kWhich =
   using Shared = PlanesShared<Gradient<S>>;
   Shared& shared = Shared::here();
   const PlanesPart part(walk, blockIdx.x);
-  const Pair mine =
-      collect_backward<T, kTile, kWhich>(args, walk, part, saved_affine<T>(args, part.channel), Shared::tiles());
+  const Pair mine = sum_backward<T, kTile, kWhich>(args, walk, part, Shared::tiles());
   const Pair sums = cluster_sum(mine, shared.scratch, &shared.total);
   if (threadIdx.x == 0) shared.numbers = channel_gradient<S>(args, part.channel, sums, part.leads);
   cluster_sync();
-  apply_backward<T, kTile, kWhich>(args, walk, part, shared.numbers, Shared::tiles());
+  apply_backward<T, kTile, kWhich>(args, walk, part, Uniform<Gradient<S>>{shared.numbers}, Shared::tiles());
 }
 
 template <class T, int kTile, Activations kWhich>
@@ -405,7 +288,7 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(kWhich =
     planes_backward_sums(const BackwardArgs args, const PlanesWalk walk, Pair* partial) {
   using Shared = PlanesShared<Gradient<Compute<T>>>;
   const PlanesPart part(walk, blockIdx.x);
-  const Pair mine = collect_backward<T, kTile, kWhich>(args, walk, part, saved_affine<T>(args, part.channel), nullptr);
+  const Pair mine = sum_backward<T, kTile, kWhich>(args, walk, part, nullptr);
   const Pair sums = block_sum(mine, Shared::here().scratch);
   if (threadIdx.x == 0) partial[blockIdx.x] = sums;
 }
@@ -421,7 +304,7 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), blocks_wanted(kWhich =
   const Pair sums = partial ? sum_of_parts(part.channel, walk.splits, partial, shared.scratch) : Pair{};
   if (threadIdx.x == 0) shared.numbers = channel_gradient<S>(args, part.channel, sums, part.leads);
   __syncthreads();
-  apply_backward<T, kTile, kWhich>(args, walk, part, shared.numbers, nullptr);
+  apply_backward<T, kTile, kWhich>(args, walk, part, Uniform<Gradient<S>>{shared.numbers}, nullptr);
 }
 
 }  // namespace fastlayers::cuda

@@ -249,9 +249,9 @@ __global__ void __launch_bounds__(kPoolThreads, pool_blocks(sizeof(T)))
     Group<T> x[kTile];
 #pragma unroll
     for (int u = 0; u < kTile; ++u) {
-      g[u] = plane_group<kTile>(walk, part, i, u);
+      g[u] = group_at<kTile>(walk, part, i, u);
       x[u] = zeros<T>();
-      if (args.training) x[u] = load(at<T>(args.whole_input, g[u], part.channel), g[u].valid, walk.aligned.input);
+      if (args.training) x[u] = load<T>(args.whole_input, walk, part, g[u], walk.aligned.input);
       spread[u * blockDim.x + threadIdx.x] = zeros<S>();
     }
     __syncthreads();
@@ -263,10 +263,8 @@ __global__ void __launch_bounds__(kPoolThreads, pool_blocks(sizeof(T)))
     for (int u = 0; u < kTile; ++u) {
       if (g[u].valid.empty()) continue;
       const Group<S> before = spread[u * blockDim.x + threadIdx.x];
-      Group<T> result;
-#pragma unroll
-      for (int e = 0; e < kGroup; ++e) result.set(e, input_gradient_at<S>(args, gradients, e, before[e], x[u][e]));
-      store(at<T>(args.grad_input, g[u], part.channel), result, g[u].valid, walk.aligned.grad_input);
+      store(args.grad_input, walk, part, g[u], input_gradient_group<T>(args, gradients, before, x[u]),
+            walk.aligned.grad_input);
     }
   }
 }

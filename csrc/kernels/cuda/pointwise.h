@@ -1,10 +1,8 @@
 // Kernels without channels' sums: dropout alone, and masks as bools.
 #pragma once
 
-#include "elements.h"
-#include "philox.h"
-#include "planes.h"
-#include "rows.h"
+#include "divisor.h"
+#include "keep.h"
 
 namespace fastlayers::cuda {
 
@@ -39,9 +37,7 @@ __device__ __forceinline__ std::int64_t plane_of(const DropoutWalk& walk, std::i
 }
 
 __device__ __forceinline__ unsigned kept_of(const Keep& keep, const DropoutWalk& walk, std::int64_t first, Span valid) {
-  if (keep.seed)
-    return kept_bits(static_cast<std::uint64_t>(*keep.seed), keep_threshold(keep.scale),
-                     static_cast<std::uint64_t>(first));
+  if (keep.seed) return KeptElements(keep).from(first);
   if (walk.whole && !walk.rows) return is_kept(keep, plane_of(walk, first)) ? 0xffu : 0;
   const std::int64_t plane = walk.whole ? plane_of(walk, first) : 0;
   unsigned bits = 0;

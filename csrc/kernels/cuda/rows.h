@@ -6,14 +6,19 @@
 #pragma once
 
 #include "divisor.h"
-#include "elements.h"
-#include "philox.h"
-#include "planes.h"
+#include "keep.h"
 #include "sums.h"
+#include "tiles.h"
 
 namespace fastlayers::cuda {
 
+struct RowGroup;
+class KeptColumns;
+
 struct RowsWalk {
+  using Place = RowGroup;
+  using Dropout = KeptColumns;
+
   std::int64_t channels = 0;
   std::uint32_t runs = 0;
   int rows_per_run = 1;
@@ -64,8 +69,8 @@ __device__ __forceinline__ std::uint32_t tiles_of(const RowsWalk& walk, const Ro
 }
 
 template <int kRows>
-__device__ __forceinline__ RowGroup row_group(const RowsWalk& walk, const RowsPart& part, std::uint32_t i,
-                                              std::uint32_t u) {
+__device__ __forceinline__ RowGroup group_at(const RowsWalk& walk, const RowsPart& part, std::uint32_t i,
+                                             std::uint32_t u) {
   RowGroup at;
   const std::uint32_t tile = part.split + i * static_cast<std::uint32_t>(walk.splits);
   at.run = (tile * kRows + u) * static_cast<std::uint32_t>(walk.lanes) + part.lane;
@@ -109,34 +114,8 @@ __device__ __forceinline__ void store(const Target& to, const RowsWalk& walk, co
   store(static_cast<T*>(to.data) + offset_of(walk, part, g), group, g.valid, aligned);
 }
 
-// Which of the 8 values from `first` on are there and not zero, as bits.
-template <class Word>
-__device__ __forceinline__ unsigned nonzero_bits(const void* values, std::int64_t first, Span valid, bool aligned) {
-  struct alignas(8) Eight {
-    Word values[kGroup];
-  };
-  const Word* from = static_cast<const Word*>(values) + first;
-  Eight eight;
-  if (aligned && valid.whole()) {
-    eight = *reinterpret_cast<const Eight*>(from);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kGroup; ++e) eight.values[e] = valid.has(e) ? from[e] : Word(0);
-  }
-  unsigned bits = 0;
-#pragma unroll
-  for (int e = 0; e < kGroup; ++e) bits |= static_cast<unsigned>(eight.values[e] != 0) << e;
-  return bits;
-}
-
-// What dropout keeps of 8 channels of a sample, of which `first` is the first plane.
-__device__ __forceinline__ unsigned kept_channels(const Keep& keep, std::int64_t first, Span valid, bool aligned) {
-  switch (keep.plane_bytes) {
-    case 1: return nonzero_bits<std::uint8_t>(keep.planes, first, valid, aligned);
-    case 2: return nonzero_bits<std::uint16_t>(keep.planes, first, valid, aligned);
-    case 4: return nonzero_bits<std::uint32_t>(keep.planes, first, valid, aligned);
-    default: return nonzero_bits<std::uint64_t>(keep.planes, first, valid, aligned);
-  }
+__device__ __forceinline__ std::int64_t flat_byte_of(const RowsWalk& walk, const RowsPart& part, const RowGroup& g) {
+  return offset_of(walk, part, g) / kGroup;
 }
 
 // What dropout keeps of a thread's groups of columns. The channels of a sample have one answer for all its rows.
@@ -146,9 +125,7 @@ class KeptColumns {
                                          const RowGroup& g) {
     const unsigned valid = g.valid.bits();
     if (!valid || !(keep.planes || keep.seed)) return valid;
-    if (keep.seed)
-      return valid & kept_bits(static_cast<std::uint64_t>(*keep.seed), keep_threshold(keep.scale),
-                               static_cast<std::uint64_t>(offset_of(walk, part, g)));
+    if (keep.seed) return valid & KeptElements(keep).from(offset_of(walk, part, g));
     if (walk.rows_per_run > 1) return of_several_rows(keep, walk, part, g);
     const std::uint32_t sample = walk.by_spatial.quotient(g.run);
     if (sample != sample_) {
@@ -218,7 +195,7 @@ __device__ __forceinline__ void collect_forward(const ForwardArgs& args, const R
     Span valid[kRows];
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
-      const RowGroup g = row_group<kRows>(walk, part, i, u);
+      const RowGroup g = group_at<kRows>(walk, part, i, u);
       valid[u] = g.valid;
       x[u] = g.valid.empty() ? zeros<T>() : load<T>(args.input, walk, part, g, walk.aligned.input);
       if (i < walk.kept_tiles) Kept<T>::put(shared.tiles(), i * kRows + u, x[u]);
@@ -336,157 +313,58 @@ __device__ __forceinline__ void meet(const RowsWalk& walk, const RowsPart& part,
   __syncthreads();
 }
 
-// The numbers of the 8 channels of a thread's group.
-template <class Numbers>
-__device__ __forceinline__ PerElement<Numbers> of_columns(const RowsWalk& walk, const RowsPart& part,
-                                                          const Numbers* numbers) {
-  PerElement<Numbers> mine{};
+// What numbers(e, c) has of the 8 channels c of a thread's group.
+template <class F>
+__device__ __forceinline__ auto of_columns(const RowsWalk& walk, const RowsPart& part, F&& numbers) {
+  PerElement<decltype(numbers(0, 0u))> mine{};
 #pragma unroll
   for (int e = 0; e < kGroup; ++e)
-    if (part.active) mine.values[e] = numbers[part.channel(walk, e)];
+    if (part.active) mine.values[e] = numbers(e, part.channel(walk, e));
   return mine;
 }
+template <class Numbers>
+__device__ __forceinline__ PerElement<Numbers> read_columns(const RowsWalk& walk, const RowsPart& part,
+                                                            const Numbers* numbers) {
+  return of_columns(walk, part, [&](int, std::uint32_t c) { return numbers[c]; });
+}
 
-template <class T, int kRows, Activations kWhich>
-__device__ __forceinline__ void apply_forward(const ForwardArgs& args, const RowsWalk& walk, const RowsPart& part,
-                                              const PerElement<ChannelAffine<Compute<T>>>& affines,
-                                              unsigned char* kept_tiles) {
-  constexpr int kHand = applied_at_once(kRows);
-  KeptColumns columns;
-  for (std::uint32_t step = tiles_of<kRows>(walk, part) * (kRows / kHand); step-- > 0;) {
-    const std::uint32_t i = step / (kRows / kHand), first = step % (kRows / kHand) * kHand;
-    RowGroup g[kHand];
-    Group<T> x[kHand], residual[kHand];
-    unsigned kept[kHand];
-#pragma unroll
-    for (int u = 0; u < kHand; ++u) {
-      g[u] = row_group<kRows>(walk, part, i, first + u);
-      kept[u] = columns.of(args.keep, walk, part, g[u]);
-      x[u] = residual[u] = zeros<T>();
-      if (!kept[u]) continue;
-      x[u] = i < walk.kept_tiles ? Kept<T>::get(kept_tiles, i * kRows + first + u)
-                                 : load<T>(args.input, walk, part, g[u], walk.aligned.input);
-      if (args.residual.data) residual[u] = load<T>(args.residual, walk, part, g[u], walk.aligned.residual);
-    }
-#pragma unroll
-    for (int u = 0; u < kHand; ++u) {
-      if (g[u].valid.empty()) continue;
-      std::uint8_t* flat = args.flat_bits ? args.flat_bits + offset_of(walk, part, g[u]) / kGroup : nullptr;
-      const Group<T> output = forward_group<kWhich>(args, x[u], residual[u], affines, kept[u], flat);
-      store(args.output, walk, part, g[u], output, walk.aligned.output);
-    }
+// Sums of the gradients of a thread's columns: those of some rows, and, in its place in shared memory, of all.
+template <class S, int kRows>
+class GradientsOfColumns {
+ public:
+  explicit __device__ __forceinline__ GradientsOfColumns(const RowsShared& shared) : shared_(shared) {
+    shared_.clear();
   }
-}
-
-// The operands of backward at one group.
-template <class T>
-__device__ __forceinline__ void load_besides(BackwardGroup<T>& group, const BackwardArgs& args, const RowsWalk& walk,
-                                             const RowsPart& part, const RowGroup& g) {
-  if (args.flat_bits)
-    group.flat = args.flat_bits[offset_of(walk, part, g) / kGroup];
-  else if (args.residual.data)
-    group.residual = load<T>(args.residual, walk, part, g, walk.aligned.residual);
-}
-
-template <class T, int kRows, Activations kWhich>
-__device__ __forceinline__ void collect_backward(const BackwardArgs& args, const RowsWalk& walk, const RowsPart& part,
-                                                 const RowsShared& shared) {
-  using S = Compute<T>;
-  shared.clear();
-  PerElement<ChannelAffine<S>> affines{};
-#pragma unroll
-  for (int e = 0; e < kGroup; ++e)
-    if (part.active) affines.values[e] = saved_affine<T>(args, part.channel(walk, e));
-  S grad[kGroup] = {}, grad_deviation[kGroup] = {};
-  int rows = 0;
-  KeptColumns columns;
-  const std::uint32_t tiles = tiles_of<kRows>(walk, part);
-  for (std::uint32_t i = 0; i < tiles; ++i) {
-    BackwardGroup<T> group[kRows];
-    unsigned kept[kRows];
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      const RowGroup g = row_group<kRows>(walk, part, i, u);
-      kept[u] = columns.of(args.keep, walk, part, g);
-      if (!kept[u]) continue;
-      group[u].grad_output = load<T>(args.grad_output, walk, part, g, walk.aligned.grad_output);
-      group[u].x = load<T>(args.input, walk, part, g, walk.aligned.input);
-      load_besides(group[u], args, walk, part, g);
-      if (i < walk.kept_tiles) {
-        Kept<T>::put(shared.tiles(), 2 * (i * kRows + u), group[u].grad_output);
-        Kept<T>::put(shared.tiles(), 2 * (i * kRows + u) + 1, group[u].x);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      S g[kGroup];
-      backward_group<kWhich>(args, group[u].grad_output, group[u].x, group[u].residual, group[u].flat, affines, kept[u],
-                             g);
-#pragma unroll
-      for (int e = 0; e < kGroup; ++e) {
-        grad[e] += g[e];
-        grad_deviation[e] += g[e] * (group[u].x[e] - affines[e].mean);
-      }
-    }
-    rows += kRows;
-    if (rows + kRows <= kFloatRows && i + 1 < tiles) continue;
+  __device__ __forceinline__ void add(int e, S grad, S deviation) {
+    grad_[e] += grad;
+    grad_deviation_[e] += grad * deviation;
+  }
+  __device__ __forceinline__ void end_tile(bool last) {
+    rows_ += kRows;
+    if (rows_ + kRows <= kFloatRows && !last) return;
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) {
-      shared.first(e) += static_cast<double>(grad[e]);
-      shared.second(e) += static_cast<double>(grad_deviation[e]);
-      grad[e] = grad_deviation[e] = 0;
+      shared_.first(e) += static_cast<double>(grad_[e]);
+      shared_.second(e) += static_cast<double>(grad_deviation_[e]);
+      grad_[e] = grad_deviation_[e] = 0;
     }
-    rows = 0;
+    rows_ = 0;
   }
-}
 
+ private:
+  const RowsShared& shared_;
+  S grad_[kGroup] = {}, grad_deviation_[kGroup] = {};
+  int rows_ = 0;
+};
+
+// Sums a thread's columns into its place in shared memory.
 template <class T, int kRows, Activations kWhich>
-__device__ __forceinline__ void apply_backward(const BackwardArgs& args, const RowsWalk& walk, const RowsPart& part,
-                                               const PerElement<Gradient<Compute<T>>>& gradients,
-                                               unsigned char* kept_tiles) {
+__device__ __forceinline__ void sum_backward(const BackwardArgs& args, const RowsWalk& walk, const RowsPart& part,
+                                             const RowsShared& shared) {
   using S = Compute<T>;
-  PerElement<ChannelAffine<S>> affines;
-#pragma unroll
-  for (int e = 0; e < kGroup; ++e) affines.values[e] = gradients[e].affine;
-  KeptColumns columns;
-  for (std::uint32_t i = tiles_of<kRows>(walk, part); i-- > 0;) {
-    BackwardGroup<T> group[kRows];
-    unsigned kept[kRows];
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      const RowGroup g = row_group<kRows>(walk, part, i, u);
-      kept[u] = columns.of(args.keep, walk, part, g);
-      if (g.valid.empty()) continue;
-      if (kept[u] && i < walk.kept_tiles) {
-        group[u].grad_output = Kept<T>::get(kept_tiles, 2 * (i * kRows + u));
-        group[u].x = Kept<T>::get(kept_tiles, 2 * (i * kRows + u) + 1);
-      } else {
-        if (kept[u]) group[u].grad_output = load<T>(args.grad_output, walk, part, g, walk.aligned.grad_output);
-        if (kept[u] || args.training) group[u].x = load<T>(args.input, walk, part, g, walk.aligned.input);
-      }
-      if (kept[u]) load_besides(group[u], args, walk, part, g);
-    }
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      const RowGroup g = row_group<kRows>(walk, part, i, u);
-      if (g.valid.empty()) continue;
-      S before[kGroup];
-      backward_group<kWhich>(args, group[u].grad_output, group[u].x, group[u].residual, group[u].flat, affines, kept[u],
-                             before);
-      Group<T> result;
-      if (args.grad_input.data) {
-#pragma unroll
-        for (int e = 0; e < kGroup; ++e)
-          result.set(e, input_gradient_at<S>(args, gradients, e, before[e], group[u].x[e]));
-        store(args.grad_input, walk, part, g, result, walk.aligned.grad_input);
-      }
-      if (args.grad_residual.data) {
-#pragma unroll
-        for (int e = 0; e < kGroup; ++e) result.set(e, before[e]);
-        store(args.grad_residual, walk, part, g, result, walk.aligned.grad_residual);
-      }
-    }
-  }
+  const auto affines = of_columns(walk, part, [&](int, std::uint32_t c) { return saved_affine<S>(args, c); });
+  GradientsOfColumns<S, kRows> gradients(shared);
+  collect_backward<T, kRows, kWhich>(args, walk, part, affines, shared.tiles(), gradients);
 }
 
 // What is worked out once a channel's sums are known.
@@ -512,7 +390,7 @@ __global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
   collect_forward<T, kRows>(args, walk, part, shared);
   write_partial(walk, part, shared, partial);
   meet(walk, part, partial, [&](std::int64_t c, const Pair& sums) { finish_channel<T>(args, c, sums, numbers); });
-  apply_forward<T, kRows, kWhich>(args, walk, part, of_columns(walk, part, numbers), shared.tiles());
+  apply_forward<T, kRows, kWhich>(args, walk, part, read_columns(walk, part, numbers), shared.tiles());
 }
 
 template <class T, int kRows, Activations kWhich>
@@ -520,10 +398,10 @@ __global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     rows_backward_on_chip(const BackwardArgs args, const RowsWalk walk, Pair* partial, Gradient<Compute<T>>* numbers) {
   const RowsPart part(walk, blockIdx.x);
   const RowsShared shared;
-  collect_backward<T, kRows, kWhich>(args, walk, part, shared);
+  sum_backward<T, kRows, kWhich>(args, walk, part, shared);
   write_partial(walk, part, shared, partial);
   meet(walk, part, partial, [&](std::int64_t c, const Pair& sums) { finish_channel<T>(args, c, sums, numbers); });
-  apply_backward<T, kRows, kWhich>(args, walk, part, of_columns(walk, part, numbers), shared.tiles());
+  apply_backward<T, kRows, kWhich>(args, walk, part, read_columns(walk, part, numbers), shared.tiles());
 }
 
 // In three kernels: the first of them,
@@ -541,7 +419,7 @@ __global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     rows_backward_sums(const BackwardArgs args, const RowsWalk walk, Pair* partial) {
   const RowsPart part(walk, blockIdx.x);
   const RowsShared shared;
-  collect_backward<T, kRows, kWhich>(args, walk, part, shared);
+  sum_backward<T, kRows, kWhich>(args, walk, part, shared);
   write_partial(walk, part, shared, partial);
 }
 
@@ -559,18 +437,11 @@ __global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     rows_forward_apply(const ForwardArgs args, const RowsWalk walk, const ChannelAffine<Compute<T>>* numbers) {
   using S = Compute<T>;
   const RowsPart part(walk, gridDim.x - 1 - blockIdx.x);
-  PerElement<ChannelAffine<S>> affines{};
-  if (numbers) {
-    affines = of_columns(walk, part, numbers);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kGroup; ++e) {
-      if (!part.active) continue;
-      const std::uint32_t channel = part.channel(walk, e);
-      const bool leads = part.split == 0 && part.lane == 0 && part.column + e < walk.channels;
-      affines.values[e] = channel_affine<S>(args, channel, running_statistics(args, channel, leads));
-    }
-  }
+  const auto of_running = [&](int e, std::uint32_t c) {
+    const bool leads = part.split == 0 && part.lane == 0 && part.column + e < walk.channels;
+    return channel_affine<S>(args, c, running_statistics(args, c, leads));
+  };
+  const auto affines = numbers ? read_columns(walk, part, numbers) : of_columns(walk, part, of_running);
   apply_forward<T, kRows, kWhich>(args, walk, part, affines, nullptr);
 }
 
@@ -579,14 +450,8 @@ __global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     rows_backward_apply(const BackwardArgs args, const RowsWalk walk, const Gradient<Compute<T>>* numbers) {
   using S = Compute<T>;
   const RowsPart part(walk, gridDim.x - 1 - blockIdx.x);
-  PerElement<Gradient<S>> gradients{};
-  if (numbers) {
-    gradients = of_columns(walk, part, numbers);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kGroup; ++e)
-      if (part.active) gradients.values[e] = channel_gradient<S>(args, part.channel(walk, e), {}, false);
-  }
+  const auto without_sums = [&](int, std::uint32_t c) { return channel_gradient<S>(args, c, {}, false); };
+  const auto gradients = numbers ? read_columns(walk, part, numbers) : of_columns(walk, part, without_sums);
   apply_backward<T, kRows, kWhich>(args, walk, part, gradients, nullptr);
 }
 

@@ -216,11 +216,8 @@ __global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     const auto w = static_cast<int>(walk.pool.input_columns.remainder(place, h));
     S before[kGroup] = {};
     if (kept) gather_gradients<T>(args, walk, part, gradients, sample, static_cast<int>(h), w, kept, before);
-    Group<T> result;
-#pragma unroll
-    for (int e = 0; e < kGroup; ++e) result.set(e, input_gradient_at<S>(args, gradients, e, before[e], x[e]));
-    store(static_cast<T*>(args.grad_input.data) + i * walk.channels + part.channel, result, part.valid,
-          walk.aligned_grad_input);
+    store(static_cast<T*>(args.grad_input.data) + i * walk.channels + part.channel,
+          input_gradient_group<T>(args, gradients, before, x), part.valid, walk.aligned_grad_input);
   };
   each_position(args.keep, walk, part, walk.pool.inputs, write_one);
 }
