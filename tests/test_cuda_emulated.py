@@ -101,6 +101,7 @@ PATHS = [
     (Case((40, 24)), "hopper", "rows_one_block"),
     (Case((5000, 8), dtype=bf16), "one processor", "rows_on_chip"),
     (Case((5000, 3)), "hopper", "rows_on_chip"),
+    (Case((2, 33)), "hopper", "rows_on_chip"),
     (Case((40, 24)), "turing", "rows_split"),
     (Case((9, 20, 7, 7), layout="channels_last"), "turing", "rows_split"),
     (Case((700, 300)), "turing", "rows_split"),
@@ -108,7 +109,7 @@ PATHS = [
     (Case((3, 12, 5, 7), training=False, affine="none", layout="channels_last"), "hopper", "rows_pointwise"),
 ]
 # One for each way to sum: within a block, a cluster, two kernels; rows in a block, a grid, three kernels.
-SUMMED = [PATHS[i][:2] for i in (1, 2, 3, 5, 7, 9)]
+SUMMED = [PATHS[i][:2] for i in (1, 2, 3, 5, 7, 10)]
 
 
 @pytest.mark.parametrize("order", ["up", "down", "random"])
@@ -123,6 +124,13 @@ def test_each_path_emulated(
 ) -> None:
     taken = check(with_options(emulation, gpu=gpu, order=order), dataclasses.replace(case, **options))
     assert [plan.path for plan in taken] == [path, path]
+
+
+@pytest.mark.parametrize("channels", [*range(1, 76), 90, 132, 140, 250, 301], ids=str)
+def test_each_number_of_channels_emulated(channels: int, emulation: Emulation) -> None:
+    """Rows are taken together until they fill groups, of which there are then more or fewer than a block takes."""
+    for batch in (2, 9, 70):
+        check(with_options(emulation, gpu="hopper", order="random"), Case((batch, channels)))
 
 
 def test_all_paths_emulated(cuda_emulated: ModuleType) -> None:

@@ -167,6 +167,8 @@ class Rows {
     plan.tile_groups = static_cast<int>(ceil_div(groups_, plan.tiles));
     plan.tiles = static_cast<int>(ceil_div(groups_, plan.tile_groups));
   }
+  // Whether a channel has columns in several tiles.
+  bool is_spread(const Plan& plan) const { return rows_per_run_ > 1 && plan.tiles > 1; }
   std::int64_t lanes(const Plan& plan) const { return plan.threads / plan.tile_groups; }
   std::int64_t row_tiles(const Plan& plan) const { return ceil_div(runs_, lanes(plan) * request_.in_hand()); }
   bool fits(const Plan& plan) const { return plan.threads > 0 && plan.kept_tiles * plan.splits >= row_tiles(plan); }
@@ -197,7 +199,7 @@ class Rows {
     const std::int64_t sector =
         std::max<std::int64_t>(1, 32 / static_cast<std::int64_t>(kGroup * request_.element_bytes));
     set_tile(plan, rows_per_run_ > 1 ? std::min<std::int64_t>(groups_, kWideTile) : sector);
-    if (runs_ > lanes(plan) * kRunsPerLane || (rows_per_run_ > 1 && plan.tiles > 1)) return {};
+    if (runs_ > lanes(plan) * kRunsPerLane || is_spread(plan)) return {};
     keep(plan);
     return plan;
   }
@@ -210,6 +212,7 @@ class Rows {
     const std::int64_t blocks = std::int64_t{device_.processors} * row_blocks(request_.element_bytes);
     if (plan.tiles > blocks) return {};
     plan.splits = static_cast<int>(std::min(blocks / plan.tiles, row_tiles(plan)));
+    plan.cooperative = plan.splits > 1 || is_spread(plan);
     keep(plan);
     return plan;
   }

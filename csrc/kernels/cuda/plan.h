@@ -51,6 +51,8 @@ struct Plan {
   int threads = 0;
   // Blocks along a channel's data (planes: of one channel, rows: of the rows), and how many of them form a cluster.
   int splits = 1, cluster = 1;
+  // rows: whether all blocks meet in one kernel, since each has only part of a channel's sums.
+  bool cooperative = false;
   // rows: how many groups of 8 elements one block is wide, and how many blocks a run of rows is.
   int tile_groups = 1, tiles = 1;
   // How many of its tiles each block keeps in shared memory between its passes, and all shared memory of a block.

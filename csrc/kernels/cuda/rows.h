@@ -28,6 +28,7 @@ struct RowsWalk {
   int tile_groups = 1, tiles = 1;  // how many groups of a run a block is wide, and how many blocks a run
   int lanes = 1;                   // runs that a block has in hand at once
   int splits = 1;                  // blocks that share the runs
+  bool cooperative = false;        // several blocks have columns of a channel, and meet in the kernel
   std::uint32_t kept_tiles = 0;
   bool aligned_mask = false;  // the 8 values of a group of channels can be read as words
   Aligned aligned;
@@ -295,11 +296,11 @@ __device__ __forceinline__ void all_channels(const RowsWalk& walk, const Pair* p
   }
 }
 
-// The same in a kernel that goes on with the channels: with several splits in all blocks together, else in each block
-// for the channels that it has itself.
+// The same in a kernel that goes on with the channels: in all blocks together where several have columns of a channel,
+// else in each block for the channels that it has itself.
 template <class F>
 __device__ __forceinline__ void meet(const RowsWalk& walk, const RowsPart& part, const Pair* partial, F&& finish) {
-  if (walk.splits > 1) {
+  if (walk.cooperative) {
     grid_sync();
     all_channels(walk, partial, finish);
     grid_sync();
@@ -380,7 +381,7 @@ __device__ __forceinline__ void finish_channel(const BackwardArgs& args, std::in
   numbers[channel] = channel_gradient<Compute<T>>(args, channel, sums, true);
 }
 
-// In one kernel. With several splits it has to be launched cooperatively.
+// In one kernel.
 template <class T, int kRows, Activations kWhich>
 __global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(T)))
     rows_forward_on_chip(const ForwardArgs args, const RowsWalk walk, Pair* partial,

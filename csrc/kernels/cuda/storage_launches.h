@@ -78,6 +78,7 @@ RowsWalk rows_walk(const Args& args, const Shape& shape, const Plan& plan) {
   walk.tiles = plan.tiles;
   walk.lanes = plan.threads / plan.tile_groups;
   walk.splits = plan.splits;
+  walk.cooperative = plan.cooperative;
   walk.kept_tiles = static_cast<std::uint32_t>(plan.kept_tiles);
   walk.aligned_mask = is_aligned(args.keep.planes);
   walk.aligned = aligned(args, shape);
@@ -98,7 +99,7 @@ RowsWalk rows_walk(const Args& args, const Shape& shape, const Plan& plan) {
   shape.grid = dim3(static_cast<unsigned>(plan.tiles) * static_cast<unsigned>(plan.splits));
   shape.block = dim3(static_cast<unsigned>(plan.threads));
   shape.shared_bytes = plan.shared_bytes;
-  shape.cooperative = plan.path == Path::rows_on_chip && plan.splits > 1;
+  shape.cooperative = plan.cooperative;
   return shape;
 }
 
