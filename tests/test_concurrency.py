@@ -232,6 +232,38 @@ def test_processes_forked_while_a_thread_fuses(tmp_path: Path) -> None:
     assert scripts.output_of(_FORK, tmp_path) == "whole\n"
 
 
+_FORK_OF_A_COMPILING_PROCESS = """
+    import os, signal, threading, torch, fastlayers as fl
+    from torch import nn
+    from torch._dynamo.convert_frame import compile_lock
+
+    held, done = threading.Event(), threading.Event()
+
+    def compile():
+        with compile_lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=compile)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        model = fl.fuse(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()))
+        os._exit(len(fl.fusion_report(model).fused) != 1)
+    assert os.waitpid(child, 0)[1] == 0
+    done.set()
+    thread.join()
+    print("fused")
+"""
+
+
+def test_a_process_forked_while_a_thread_compiles(tmp_path: Path) -> None:
+    """It fuses without waiting for a compilation that ended with the fork."""
+    assert scripts.output_of(_FORK_OF_A_COMPILING_PROCESS, tmp_path) == "fused\n"
+
+
 # Fusing while other threads run models
 
 

@@ -38,8 +38,23 @@ from fastlayers.fusion.table import class_of
 # What is replaced while a forward is traced is there for all threads: one traces at a time, since each puts back what
 # it found.
 _tracing = threading.RLock()
+# In a forked process, whether a thread that it does not have holds torch.compile's lock.
+_compilation_never_ends = False
+
+
+def _after_fork_in_child() -> None:
+    global _compilation_never_ends
+    _tracing.release()
+    lock = getattr(sys.modules.get("torch._dynamo.convert_frame"), "compile_lock", None)
+    if lock is None:
+        return
+    _compilation_never_ends = not lock.acquire(blocking=False)
+    if not _compilation_never_ends:
+        lock.release()
+
+
 # A process forked meanwhile would keep what is replaced, and wait for a thread that it does not have.
-os.register_at_fork(before=_tracing.acquire, after_in_parent=_tracing.release, after_in_child=_tracing.release)
+os.register_at_fork(before=_tracing.acquire, after_in_parent=_tracing.release, after_in_child=_after_fork_in_child)
 
 # How often a forward is traced anew where other threads may have drawn the random numbers that it seems to draw.
 _ATTEMPTS = 5
@@ -177,8 +192,11 @@ def _where(here: _Here, hook: Callable[..., Any], otherwise: Callable[..., Any])
 
 def _no_compilation() -> AbstractContextManager[object]:
     """Has torch.compile in other threads wait: what it would see of modules is not what is there afterwards."""
-    compiler = sys.modules.get("torch._dynamo.convert_frame")
-    return nullcontext() if compiler is None else compiler.compile_lock
+    # torch imports its compiler where a forward first uses checkpointing, say; that is none of the forward's effects.
+    # Nor is it to be cut short by a fork, after which nobody would go on with it.
+    with _tracing:
+        compiler = importlib.import_module("torch._dynamo.convert_frame")
+    return nullcontext() if _compilation_never_ends else compiler.compile_lock
 
 
 @contextmanager
@@ -643,8 +661,6 @@ def trace(module: nn.Module, inline: frozenset[str] = frozenset(), kinds: Kinds 
 
 
 def _traced(module: nn.Module, inline: frozenset[str], kinds: Kinds) -> tuple[fx.Graph, _Tracer, _Watch]:
-    # torch imports its compiler where a forward first uses checkpointing, say; that is none of the forward's effects.
-    importlib.import_module("torch._dynamo")
     attempts = 0
     while True:
         attempts += 1
