@@ -122,7 +122,7 @@ def check(
     """
     with as_set(problem):
         tensors = make(problem, gpu)
-        rounding = judge.Rounding(tensors, kernels and not in_steps)
+        rounding = judge.Rounding(tensors, kernels and not in_steps, gpu)
         if not any("grad_output" in pair for pair in problem.same):
             tensors.memories["grad_output"].zero(rounding.unclear)
         copies = tensors.fresh(torch.float64), tensors.fresh()

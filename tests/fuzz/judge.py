@@ -114,11 +114,16 @@ class Rounding:
     Everything is in float64. First what happens on the way forward; `sizes` adds the way back.
     """
 
-    def __init__(self, t: Tensors, kernels: bool = True) -> None:
-        """`kernels`: if one of ours computes all, in float32 for 16 bits, not several steps, which round in between.
+    def __init__(self, t: Tensors, kernels: bool = True, gpu: bool = False) -> None:
+        """What is rounded when `t` is computed.
 
-        Torch pools what is stored.
+        Args:
+            t: the arguments.
+            kernels: if one of ours computes all, in float32 for 16 bits, not several steps, which round in between. Torch
+                pools what is stored.
+            gpu: if that is a GPU's, whose squares are those of float32.
         """
+        self.gpu = gpu
         p = self.problem = t.problem
         self.tensors = t
         compute = torch.float32 if kernels and p.dtype != torch.float64 else p.dtype
@@ -398,12 +403,16 @@ def _overflows(rounding: Rounding) -> Tensor:
 def _unknown(rounding: Rounding) -> Tensor:
     """Which channels nobody knows the results of (C,).
 
+    On GPUs those whose squares overflow, as in torch's kernels there.
+
     In float64, those whose deviations the exact results, too, have lost to the rounding of the mean: a constant channel
     is as wide. And those with a scale that overflows where a deviation is zero: torch makes zero or NaN of that, by
     the order in which it multiplies.
     """
     p, scale = rounding.problem, rounding.scale.flatten()
     found = scale.isfinite() & (scale >= _largest_computed(p) / 4)
+    if rounding.gpu and p.dtype != torch.float64 and p.training:
+        found |= rounding.deviation.flatten() ** 2 >= _largest_computed(p) / 64
     if p.dtype == torch.float64 and p.training:
         lost = ROUNDINGS_FLOAT64 * rounding.unit * rounding.mean.abs()
         found |= rounding.var + p.eps <= lost * lost
