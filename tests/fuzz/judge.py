@@ -119,8 +119,8 @@ class Rounding:
 
         Args:
             t: the arguments.
-            kernels: if one of ours computes all, in float32 for 16 bits, not several steps, which round in between. Torch
-                pools what is stored.
+            kernels: if one of ours computes all, in float32 for 16 bits, not several steps, which round in between and
+                of which torch pools what is stored.
             gpu: if that is a GPU's, whose squares are those of float32.
         """
         self.gpu = gpu
