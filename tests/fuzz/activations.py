@@ -22,6 +22,11 @@ class Act:
         return made.eval()
 
     @property
+    def is_piecewise_linear(self) -> bool:
+        """Whether it computes with its argument and multiples of it alone."""
+        return self.name in ("Identity", "ReLU", "ReLU6", "LeakyReLU", "RReLU")
+
+    @property
     def slope(self) -> float:
         """A bound of its derivative's magnitude."""
         return max([1.2, *map(abs, self._numbers())]) if self.name in _SLOPED else 1.8 if self.name == "SELU" else 1.2
@@ -36,7 +41,7 @@ class Act:
     @property
     def size(self) -> float:
         """The magnitude of the numbers that it computes with besides its argument and multiples of it."""
-        if self.name in ("Identity", "ReLU", "ReLU6", "LeakyReLU", "RReLU"):
+        if self.is_piecewise_linear:
             return 0.0
         numbers = self._numbers()
         if self.name == "Softplus":
