@@ -185,3 +185,13 @@ def test_results_beyond_the_caches(case: Case, device: torch.device, capability:
 @pytest.mark.usefixtures("results_written_past_the_caches")
 def test_max_pool_beyond_the_caches(case: Case, device: torch.device, capability: str) -> None:
     check(case, device)
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(8, 64, 26, 24), (90, 40, 9, 10)], ids=str)
+def test_max_pool_of_what_is_fetched_ahead(
+    shape: tuple[int, ...], memory: str, act: str, device: torch.device, capability: str
+) -> None:
+    """From 1 MiB on, the next tile or planes while one is pooled."""
+    check(Case(shape, act=act, pool="5/3/2", layout=memory, drop_p=0.3), device)
