@@ -415,7 +415,8 @@ def _unknown(rounding: Rounding) -> Tensor:
     p, scale = rounding.problem, rounding.scale.flatten()
     found = scale.isfinite() & (scale >= _largest_computed(p) / 4)
     if rounding.gpu and p.dtype != torch.float64 and p.training:
-        found |= rounding.deviation.flatten() ** 2 >= _largest_computed(p) / 64
+        spread = rounding.deviation.flatten() + ROUNDINGS * rounding.unit * rounding.mean.abs()
+        found |= spread**2 >= _largest_computed(p) / 64
     if p.dtype == torch.float64 and p.training:
         lost = ROUNDINGS_FLOAT64 * rounding.unit * rounding.mean.abs()
         found |= rounding.var + p.eps <= lost * lost
