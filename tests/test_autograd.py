@@ -129,6 +129,21 @@ def test_second_order_where_planes_are_dropped(device: torch.device) -> None:
     assert not again[0][dropped].any()
 
 
+@pytest.mark.parametrize("wanted", ["input", "bias", "residual"])
+def test_second_order_of_what_is_linear_is_zero(wanted: str, device: torch.device) -> None:
+    """Where no gradient depends on what has one: as torch has it, nothing is added."""
+    sample = make_sample(_small(shape=(3, 2, 2), residual="contiguous", act="identity", training=False), device).fresh()
+    for name in ("input", "residual", "weight", "bias"):
+        getattr(sample, name).requires_grad_(name == wanted)
+    leaf = getattr(sample, wanted)
+    for operator in (fused, exact):
+        (first,) = torch.autograd.grad(operator(sample).sum(), leaf, create_graph=True)
+        if first.requires_grad:
+            assert torch.autograd.grad(first.sum(), leaf, allow_unused=True, retain_graph=True)[0] is None
+        (total,) = torch.autograd.grad(first.sum() + leaf.sum(), leaf)
+        torch.testing.assert_close(total, torch.ones_like(leaf))
+
+
 ALL = ("input", "residual", "weight", "bias")
 POOLED = ("input", "weight", "bias")  # a residual is not fused with a pool
 
