@@ -134,7 +134,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[bytes, Path], bytes], str]] = {
     "payload among tensors": (lambda good, ran: _with_data_pickle(good, pickle.dumps(Payload(ran), 2)), "mkdir"),
     "huge number of bytes": (lambda good, ran: _with_data_pickle(good, _HUGE), ""),
     "pickle that nobody can read": (
-        lambda good, ran: _with_data_pickle(good, b"\x80\x02\x8f."),
+        lambda good, ran: _with_data_pickle(good, b"\xff"),
         r"UnpicklingError: it holds more than tensors and plain values\)",
     ),
     "no dictionary": (lambda good, ran: _saved([1, 2]), "expected a dictionary, found list"),
