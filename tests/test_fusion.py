@@ -895,7 +895,7 @@ def test_arguments_without_number(rest: int) -> None:
 
     class Summing(Residual):
         def forward(self, x: Tensor, *others: Tensor) -> Tensor:
-            return sum(others, self.relu(self.bn(x)))  # type: ignore[return-value]
+            return sum(others, self.relu(self.bn(x)))
 
     fused, original = _twins(Summing)
     assert _chains(fused) == ["bn → relu"]
@@ -906,6 +906,9 @@ def test_arguments_without_number(rest: int) -> None:
 
 class _Kinds(nn.Module):
     """A forward that asks for types and reads a tensor, a parameter and a dict in ways of its own."""
+
+    plain: Tensor
+    shift: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -918,7 +921,8 @@ class _Kinds(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         if isinstance(x, Tensor) and isinstance(self.scale, Tensor) and x.__class__ is Tensor:
-            x = x * self._parameters["scale"] * self.options["factor"] + self.plain
+            scale: Any = self._parameters["scale"]
+            x = x * scale * self.options["factor"] + self.plain
         z: Tensor = self.relu(self.bn(x))
         return z if self.shift is None else z + self.shift
 

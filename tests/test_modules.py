@@ -631,7 +631,7 @@ def _parametrised(layer: nn.Module) -> None:
     parametrize.register_parametrization(layer, "bias", _Doubled())
 
 
-def _plain_tensors(layer: nn.Module) -> None:
+def _plain_tensors(layer: Any) -> None:
     """In place of buffers, which then no longer are in the state."""
     for name in ("running_mean", "running_var"):
         value = getattr(layer, name)
@@ -639,7 +639,7 @@ def _plain_tensors(layer: nn.Module) -> None:
         setattr(layer, name, value.clone())
 
 
-def _plain_weight(layer: nn.Module) -> None:
+def _plain_weight(layer: Any) -> None:
     """As weight normalisation of old, and code that computes weights, leave it."""
     value = layer.weight
     del layer.weight
@@ -655,9 +655,10 @@ def test_parameters_and_buffers_of_other_kinds(change: Callable[[nn.Module], Non
     ours, theirs = _twins(2, track_running_stats=track)
     for layer in (ours, theirs):
         change(layer)
+    layers: tuple[Any, Any] = ours, theirs
     for step, training in enumerate((True, True, False)):
         results: list[list[Tensor]] = []
-        for layer in (ours, theirs):
+        for layer in layers:
             x = _input(2, seed=step).requires_grad_()
             y = layer.train(training)(x)
             leaves = [x, *layer.parameters()]

@@ -432,7 +432,7 @@ def test_divergence_is_marked(diverges_in: int, place: tuple[int, float], tmp_pa
     assert drawn is not None
     panel = drawn.axes[0]
     crosses = [line for line in panel.lines if line.get_marker() == "x"]
-    assert (*crosses[0].get_xdata(), *crosses[0].get_ydata()) == place
+    assert np.asarray(crosses[0].get_xydata()).tolist() == [list(place)]
     assert (crosses[0].get_transform() == panel.transData) == (diverges_in == 3)
 
 

@@ -350,7 +350,11 @@ class _Ray:
 
     def remote(self, **resources: Any) -> Any:
         self.taken = resources
-        return lambda function: SimpleNamespace(remote=lambda *given: self.tasks.append(given) or len(self.tasks))
+        return lambda function: SimpleNamespace(remote=self._start)
+
+    def _start(self, *given: Any) -> int:
+        self.tasks.append(given)
+        return len(self.tasks)
 
     def wait(self, numbers: list[int]) -> tuple[list[int], list[int]]:
         return numbers[-1:], numbers[:-1]
@@ -366,7 +370,7 @@ def test_what_becomes_of_runs_on_a_cluster(
     device: Any, gpus: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = _Ray()
-    monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]  # all that is used of it
+    monkeypatch.setitem(sys.modules, "ray", ray)
     jobs = [job(epochs=epochs) for epochs in (1, 2, 3, 4)]
     monkeypatch.setattr(Store, "is_finished", lambda store, which: which == jobs[1])
     machine = runner.Machine(out=tmp_path, device=device, devices=2, threads=3)
@@ -392,7 +396,7 @@ def test_processes_that_fail(told: bool, tmp_path: Path, monkeypatch: pytest.Mon
             write_whole(Store(tmp_path).folder(wanted) / FAILURE_FILE, "Traceback\nValueError: too hot")
         return subprocess.CompletedProcess(command, 7)
 
-    monkeypatch.setattr(sweep.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     machine = runner.Machine(out=tmp_path, device="cpu", devices=2, progress=False)
     (finished,) = sweep.in_turn([wanted], machine, lambda _: None)
     assert finished.outcome == "failed"
