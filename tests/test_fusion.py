@@ -1676,10 +1676,11 @@ def test_batch_norm_with_its_own_activation(
     bare, original = _twins(lambda: nn.Sequential(_BatchNormAct(nn.Identity(), nn.Identity()), nn.ReLU()))
     assert _chains(bare) == ["0 → 1"]
     _assert_same(bare, original, _image())
-    unknown, original = _twins(lambda: nn.Sequential(_BatchNormAct(nn.PReLU(), copy.deepcopy(drop)), nn.ReLU()))
-    assert not _chains(unknown)
-    assert "has an activation, dropout or max-pool of its own" in _reasons(unknown)
-    _assert_same(unknown, original, _image())
+    for members in ((nn.PReLU(), drop), (act, nn.AlphaDropout(0.5))):
+        unknown, original = _twins(lambda members=members: _BatchNormAct(*copy.deepcopy(members)))
+        assert not _chains(unknown)
+        assert "has an activation, dropout or max-pool of its own" in _reasons(unknown)
+        _assert_same(unknown, original, _image())
 
 
 def test_batch_norm_with_its_own_activation_runs_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
