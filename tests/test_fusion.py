@@ -1677,7 +1677,7 @@ def test_batch_norm_with_its_own_activation(
     assert _chains(bare) == ["0 → 1"]
     _assert_same(bare, original, _image())
     for members in ((nn.PReLU(), drop), (act, nn.AlphaDropout(0.5))):
-        unknown, original = _twins(lambda members=members: _BatchNormAct(*copy.deepcopy(members)))
+        unknown, original = _twins(partial(_BatchNormAct, *members))
         assert not _chains(unknown)
         assert "has an activation, dropout or max-pool of its own" in _reasons(unknown)
         _assert_same(unknown, original, _image())
