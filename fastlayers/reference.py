@@ -7,7 +7,6 @@ Differentiable any number of times by autograd, on any device that torch knows. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -108,11 +107,17 @@ def batch_norm_act(
     stochastic = training if stochastic is None else stochastic
     activation = activations.resolve(act, act_kwargs)
     resolved = pooling.resolve(pool, input.dim() - 2)
+    if activation.random is not None and stochastic:
+        # The slopes are drawn before the mask, as by torch's layers one after the other.
+        z = batch_norm_act(
+            input, running_mean, running_var, weight, bias, training, momentum, eps,
+            residual=residual, num_batches_tracked=num_batches_tracked,
+        )  # fmt: skip
+        y = activation.random(z)
+        y = apply_mask(y, masks.draw(y, drop_p, drop_mode, True), drop_p)
+        return y if resolved is None else resolved.apply(y)
     mask = masks.draw(input, drop_p, drop_mode, stochastic)
-    if not stochastic:
-        activation = activation.in_evaluation()
-    elif activation.random is not None:
-        activation = replace(activation, apply=activation.random)
+    activation = activation.in_evaluation()
     return batch_norm_act_masked(
         input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
         training=training, momentum=momentum, eps=eps, activation=activation, drop_p=drop_p, pool=resolved,

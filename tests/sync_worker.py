@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -394,6 +395,20 @@ def compiled_as_one_graph() -> None:
             y.square().sum().backward()
             found.append((y.detach(), x.grad, residual.grad, module.weight.grad, list(module.buffers())))
         torch.testing.assert_close(found[1], found[0])
+
+
+@check(2)
+def while_forward_mode_is_on() -> None:
+    """What looks on operator by operator sees no kernel: plain PyTorch serves, which finds the same."""
+    layer, found = fl.SyncBatchNormAct(C, act_layer="gelu"), []
+    twin = copy.deepcopy(layer)
+    for module, context in ((layer, nullcontext()), (twin, forward_ad.dual_level())):
+        x, residual = _input(4 + dist.get_rank(), C, 3, 3), _input(4 + dist.get_rank(), C, 3, 3)
+        with context:
+            y = module(x, residual)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad, residual.grad, module.weight.grad, list(module.buffers())))
+    torch.testing.assert_close(found[1], found[0])
 
 
 @check(2)

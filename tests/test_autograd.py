@@ -129,6 +129,27 @@ def test_second_order_where_planes_are_dropped(device: torch.device) -> None:
     assert not again[0][dropped].any()
 
 
+@pytest.mark.parametrize("wanted", ["input", "residual", "weight", "bias"])
+@pytest.mark.parametrize("act", ["identity", "gelu"])
+@pytest.mark.parametrize("power", [1, 2])
+def test_second_order_of_one_argument(power: int, act: str, wanted: str, device: torch.device) -> None:
+    """Where the others have no gradient; of what is linear it is zero, and no gradient depends on anything."""
+    case = _small(shape=(3, 2, 2), residual="contiguous", act=act, training=False)
+    results = []
+    for operator in (fused, exact):
+        sample = make_sample(case, device).fresh()
+        for name in ("input", "residual", "weight", "bias"):
+            getattr(sample, name).requires_grad_(name == wanted)
+        leaf = getattr(sample, wanted)
+        (first,) = torch.autograd.grad(operator(sample).pow(power).sum(), leaf, create_graph=True)
+        second = torch.zeros_like(leaf)
+        if first.requires_grad:
+            (second,) = torch.autograd.grad(first.sum(), leaf, allow_unused=True, materialize_grads=True)
+        results.append((first.detach(), second))
+    torch.testing.assert_close(*results, rtol=1e-7, atol=1e-9)
+    assert (results[0][1] == 0).all() == (power == 1 and act == "identity")
+
+
 ALL = ("input", "residual", "weight", "bias")
 POOLED = ("input", "weight", "bias")  # a residual is not fused with a pool
 

@@ -149,6 +149,47 @@ def test_auto_on_a_gpu(cuda: bool, triton: str | None, chosen: str, why: str, mo
 
 
 @pytest.mark.usefixtures("_probed_again")
+def test_why_a_gpu_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiled kernels: another vendor's; one that they were not compiled for, whatever the others are."""
+    capabilities = [(9, 0), (8, 0)]
+    _gpu(monkeypatch, True, "it is not installed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    assert [backends._problem("cuda", "cuda", index) for index in (0, 1)] == [
+        None,
+        "CUDA kernels were compiled for 90-real, not for a GPU of compute capability 8.0",
+    ]
+    assert backends._problem("cuda", "xpu", 0) == "it serves cuda only"
+    assert [backends.serving(Mock(device=torch.device("cuda", index))) for index in (0, 1)] == ["cuda", "reference"]
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    backends._problem.cache_clear()
+    assert backends._problem("cuda", "cuda", 0) == "this torch is for AMD GPUs"
+
+
+@pytest.mark.parametrize(
+    ("place", "compute", "problem"),
+    [
+        ("mps", None, "it serves cuda and xpu only"),
+        ("meta", None, "it serves cuda and xpu only"),
+        ("cuda", (6, 1), "Triton compiles for compute capability 7.0 and later, not 6.1"),
+        ("cuda", (7, 0), None),
+        ("xpu", None, None),
+    ],
+)
+def test_what_triton_serves(
+    place: str, compute: tuple[int, int] | None, problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: compute)
+    assert backends._problem_of_triton(place, 0) == problem
+
+
+def test_triton_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastlayers.triton", None)
+    assert (backends._problem_of_triton("cuda", 0) or "").startswith("Triton is not installed, or does not fit (")
+
+
+@pytest.mark.usefixtures("_probed_again")
 def test_gpu_backends_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """They can be set; a tensor elsewhere raises at the call. What is not there cannot be set."""
     _gpu(monkeypatch, True, "it is not installed")

@@ -273,6 +273,14 @@ def test_missing_file(small: Small, tmp_path: Path) -> None:
         small.load(tmp_path)
 
 
+@pytest.mark.parametrize("read", [read_checked, read_checked_gzip])
+def test_no_file_is_there(read: Callable[[Path, FileCheck], bytes], tmp_path: Path) -> None:
+    """Neither is a folder one."""
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(data.DataError, match=f"{path}: expected a .*file .*{FileCheck.of(b'x')}, found no file"):
+            read(path, FileCheck.of(b"x"))
+
+
 def test_truncated_file(small: Small, tmp_path: Path) -> None:
     name, content = list(small.files.items())[2]
     (small.write(tmp_path) / name).write_bytes(content[:100])

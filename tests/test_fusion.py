@@ -15,8 +15,10 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastlayers as fl
-from fastlayers.fusion import install
+from fastlayers.fusion import install, trace
 from tests.fusion_models import MODELS, BasicBlock, ConvNormAct
 
 f64 = torch.float64
@@ -207,6 +209,7 @@ _FUSED: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
     "F.dropout never": lambda m, z, y: F.dropout(F.relu(z), 0.4, False),
     "F.dropout2d": lambda m, z, y: F.dropout2d(F.silu(z + y), p=0.4, training=m.training, inplace=True),
     "identity between": lambda m, z, y: m.layers[1](m.layers[0](z)),
+    "module in between that changes nothing": lambda m, z, y: (lambda s, w: F.relu(s) + w)(z + y, m.layers[0](y)),
     "same activation twice": lambda m, z, y: m.layers[1](m.bn(m.layers[1](z))),
 }
 
@@ -237,13 +240,40 @@ _LEFT_ALONE: dict[str, tuple[Callable[[Any, Tensor, Tensor], Any], str]] = {
         "may change what the chain reads",
     ),
     "called in between": (lambda m, z, y: (lambda w: F.relu(z) + w)(m.bn(y)), "called again"),
+    "argument by name": (lambda m, z, y: torch.relu(input=z), "is not the first argument of relu"),
+    "unknown argument": (lambda m, z, y: F.relu(torch.add(z, y, out=None)), "arguments that are not known: ['out']"),
+    "changed in place by a function": (
+        lambda m, z, y: (lambda s, w: F.relu(s) + w)(z + y, F.relu(y, inplace=True)),
+        "relu may change what the chain reads",
+    ),
+    "written to": (
+        lambda m, z, y: (lambda s, w: F.relu(s) + w)(z + y, torch.neg(y, out=y)),
+        "neg may change what the chain reads",
+    ),
+    "changed in place by a module": (
+        lambda m, z, y: (lambda s, w: F.relu(s) + w)(z + y, m.layers[0](y)),
+        "layers.0 (ReLU) may change what the chain reads",
+    ),
+    "changed by a module of others": (
+        lambda m, z, y: (lambda s, w: F.relu(s) + w)(z + y, m.layers[1](y)),
+        "layers.1 (_AddsOne) may change what the chain reads",
+    ),
+    "statistics read in between": (
+        lambda m, z, y: (lambda mean: F.relu(z) + mean)(m.bn.running_mean.view(1, 3, 1, 1)),
+        "its statistics are read",
+    ),
 }
+
+
+class _AddsOne(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(1)
 
 
 @pytest.mark.parametrize("name", _LEFT_ALONE)
 def test_what_is_left_alone(name: str) -> None:
     behind, reason = _LEFT_ALONE[name]
-    fused, original = _twins(lambda: Chain(behind))
+    fused, original = _twins(lambda: Chain(behind, nn.ReLU(inplace=True), _AddsOne()))
     assert not _chains(fused)
     report = fl.fusion_report(fused)
     assert [entry.norm for entry in report.not_fused] == ["bn"]
@@ -253,6 +283,27 @@ def test_what_is_left_alone(name: str) -> None:
     found = fused(_image(), _image(seed=1))
     torch.manual_seed(0)
     torch.testing.assert_close(found, original(_image(), _image(seed=1)))
+
+
+def test_norm_called_by_name_is_left_alone() -> None:
+    class ByName(Chain):
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            return F.relu(self.bn(input=x))
+
+    fused, original = _twins(lambda: ByName(lambda m, z, y: z))
+    assert not _chains(fused)
+    assert _reasons(fused) == "bn: bn is called with other arguments than one tensor"
+    _assert_same(fused, original, _image(), _image())
+
+
+@pytest.mark.parametrize("p", [-0.5, 1.5, float("nan")])
+def test_probability_that_torch_refuses_is_left_to_it(p: float) -> None:
+    fused, original = _twins(lambda: Chain(lambda m, z, y: F.dropout(F.relu(z), p)))
+    assert _chains(fused) == ["bn → relu"]
+    assert "has p = " in _reasons(fl.fuse(Chain(lambda m, z, y: F.dropout(z, p))))
+    for model in (fused, original):
+        with pytest.raises((RuntimeError, ValueError), match=f"between 0 and 1, but got {p}"):
+            model(_image(), _image())
 
 
 # What is pooled: the function behind the BatchNorm, and what the chain then is.
@@ -467,6 +518,25 @@ def test_chains_across_modules() -> None:
     assert fl.fusion_report(fused).fell_back[0].fallbacks == ("behind has hooks, another forward or another class",)
 
 
+@pytest.mark.parametrize(
+    ("build", "module", "chain"),
+    [
+        (lambda: nn.Sequential(nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.ReLU())), "", "0.0 → 1.0"),
+        (
+            lambda: nn.Sequential(nn.Sequential(nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.ReLU())), nn.Tanh()),
+            "0",
+            "0.0 → 1.0",
+        ),
+    ],
+)
+def test_chains_between_siblings(build: Callable[[], nn.Module], module: str, chain: str) -> None:
+    """They are in the forward of the innermost module that has both."""
+    fused, original = _twins(build)
+    (found,) = fl.fusion_report(fused).fused
+    assert (found.module, found.chain) == (module, chain)
+    _assert_same(fused, original, _image())
+
+
 # What a forward may do that a graph does not show.
 
 
@@ -593,9 +663,30 @@ class TypeOfResult(Odd):
         return self.relu(self.bn(y[0] if isinstance(y, tuple) else y))  # type: ignore[no-any-return]
 
 
+_GLOBAL = torch.full((1,), 2.0, dtype=f64)
+
+
+class OfGlobal(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(x * _GLOBAL)
+
+
+class OfObject(Odd):
+    """What its attribute holds nobody can compare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = SimpleNamespace(factor=2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(x * self.options.factor)
+
+
 @pytest.mark.parametrize(
     ("cls", "reason"),
     [
+        (OfGlobal, "uses a tensor that is no attribute of a module"),
+        (OfObject, "reads the attribute 'options', whose type SimpleNamespace cannot be watched"),
         (ByValue, "control flow"),
         (WithoutGradient, "switches gradients"),
         (Decorated, "switches gradients"),
@@ -631,6 +722,65 @@ def test_forwards_that_no_graph_stands_for(cls: type[Odd], reason: str, capsys: 
     assert fused.seen == original.seen
     if cls is Printing:
         assert capsys.readouterr().out.count("forward") >= 2
+
+
+def test_what_does_not_trace_is_not_looked_into() -> None:
+    """Neither where a chain would go on in it, nor where one would begin."""
+    fused, original = _twins(lambda: nn.Sequential(nn.BatchNorm2d(3), ByValue(), nn.ReLU()))
+    assert _chains(fused) == ["1 → 2"]
+    assert [found.module for found in fl.fusion_report(fused).fused] == ["1.inner"]
+    assert "0: its output goes to 1 (ByValue), which is no part of a chain" in _reasons(fused)
+    _assert_same(fused, original, _image())
+
+
+class _AsksForAType(nn.Module):
+    """It goes by the type of its input, which is known where it is the model, or behind a layer of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor):
+            x = self.relu(x)
+        output: Tensor = self.bn(x)
+        return output
+
+
+class _Opaque(nn.Module):
+    """Of whose result nobody knows the type, unless it is looked into."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        lambda: _Opaque(nn.Conv2d(3, 3, 1)),  # into which nothing has to look
+        lambda: _Opaque(nn.Conv2d(3, 3, 1), nn.Identity()),  # which is looked into, and in the end is in no chain
+    ],
+)
+def test_submodules_that_trace_only_by_themselves(first: Callable[[], nn.Module]) -> None:
+    fused, original = _twins(lambda: nn.Sequential(first(), _AsksForAType(), nn.Tanh()))
+    assert not _chains(fused)
+    assert _reasons(fused) == "1.bn: its output is returned by the forward"
+    _assert_same(fused, original, _image())
+
+
+def test_norms_that_nothing_calls() -> None:
+    model: Any = Residual()
+    model.spare = nn.BatchNorm2d(3)
+    for given, path, chains in ((model, "spare", 1), (nn.BatchNorm2d(3), "the model", 0)):
+        report = fl.fusion_report(fl.fuse(given))
+        assert [str(entry) for entry in report.not_fused] == [f"{path}: no forward that traces calls it"]
+        assert len(report.fused) == chains
 
 
 class Switched(nn.Module):
@@ -690,6 +840,112 @@ def test_flags_and_types_are_watched(training: bool) -> None:
         warnings.simplefilter("ignore")
         torch.testing.assert_close(fused(x), original(x))
     assert len(fl.fusion_report(fused).fell_back) == 1
+
+
+def test_an_argument_given_twice_is_torchs_error() -> None:
+    fused, original = _twins(Switched)
+    x = _image()
+    for arguments, given, message in (
+        ((x, x, x), {}, "takes from 2 to 3 positional arguments but 4"),
+        ((x,), {"x": x}, "multiple values for argument 'x'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            original(*arguments, **given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fl.FusionWarning)
+            with pytest.raises(TypeError, match=message):
+                fused(*arguments, **given)
+
+
+class _Optional(nn.Module):
+    """Two arguments that may be left out, one that has no place, and some that it leaves to others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(
+        self, x: Tensor, a: Tensor | None = None, b: Tensor | None = None, *rest: Tensor, add: Tensor, **more: Tensor
+    ) -> Tensor:
+        z = self.bn(x)
+        if a is not None:
+            z = z + a
+        y: Tensor = self.relu(z) + add
+        if b is not None:
+            y = y * b
+        return sum([*rest, *more.values()], y)
+
+
+@pytest.mark.parametrize(("positional", "fuses"), [(1, True), (2, True), (3, True), (4, False)])
+def test_every_way_to_give_arguments(positional: int, fuses: bool) -> None:
+    fused, original = _twins(_Optional)
+    images = [_image(seed=i) for i in range(positional)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if fuses else "ignore", fl.FusionWarning)
+        torch.testing.assert_close(fused(*images, add=_image(seed=9)), original(*images, add=_image(seed=9)))
+    assert bool(fl.fusion_report(fused).fell_back) == (not fuses)
+    with pytest.warns(fl.FusionWarning) if fuses else contextlib.nullcontext():
+        given = {"add": _image(seed=9), "other": _image(seed=8)}
+        torch.testing.assert_close(fused(*images, **given), original(*images, **given))
+
+
+@pytest.mark.parametrize("rest", [0, 1, 2])
+def test_arguments_without_number(rest: int) -> None:
+    """What they were traced without is left to the forward as it is written."""
+
+    class Summing(Residual):
+        def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+            return sum(others, self.relu(self.bn(x)))
+
+    fused, original = _twins(Summing)
+    assert _chains(fused) == ["bn → relu"]
+    images = [_image(seed=i) for i in range(1 + rest)]
+    with pytest.warns(fl.FusionWarning, match="other arguments") if rest else contextlib.nullcontext():
+        torch.testing.assert_close(fused(*images), original(*images))
+
+
+class _Kinds(nn.Module):
+    """A forward that asks for types and reads a tensor, a parameter and a dict in ways of its own."""
+
+    plain: Tensor
+    shift: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()
+        self.scale = nn.Parameter(torch.full((1,), 0.5))
+        self.options = {"factor": 2.0}
+        self.plain = torch.full((1,), 3.0, dtype=f64)
+        self.register_parameter("shift", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if isinstance(x, Tensor) and isinstance(self.scale, Tensor) and x.__class__ is Tensor:
+            scale: Any = self._parameters["scale"]
+            x = x * scale * self.options["factor"] + self.plain
+        z: Tensor = self.relu(self.bn(x))
+        return z if self.shift is None else z + self.shift
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: None, ""),
+        (lambda m: setattr(m, "scale", nn.Parameter(torch.full((1,), -1.0, dtype=f64))), ""),
+        (lambda m: setattr(m, "plain", torch.full((1,), 7.0, dtype=f64)), ""),
+        (lambda m: m.options.update(factor=5.0), "options is no longer {'factor': 2.0}"),
+        (lambda m: setattr(m, "shift", nn.Parameter(torch.ones(1, dtype=f64))), "shift is no longer None"),
+    ],
+    ids=["as it was", "parameter", "tensor", "dict", "None"],
+)
+def test_what_a_forward_reads_may_change(change: Callable[[Any], Any], reason: str) -> None:
+    fused, original = _twins(_Kinds)
+    assert _chains(fused) == ["bn → relu"], str(fl.fusion_report(fused))
+    for model in (fused, original):
+        change(model)
+    with pytest.warns(fl.FusionWarning, match=reason) if reason else contextlib.nullcontext():
+        _assert_same(fused, original, _image())
+    assert [text for chain in fl.fusion_report(fused).fell_back for text in chain.fallbacks] == [reason][: bool(reason)]
 
 
 # What changes after fusion.
@@ -753,6 +1009,34 @@ def test_changes_after_fusion_are_honoured(change: Callable[[Any], Any], reason:
     assert len(fallbacks) == (reason != ""), fallbacks
     assert all(reason in text for text in fallbacks)
     assert any(issubclass(w.category, fl.FusionWarning) for w in caught) == (reason != "")
+
+
+def test_submodules_taken_out() -> None:
+    """The model fails as it would unfused; the report still says what was fused."""
+    fused, original = _twins(lambda: nn.Sequential(ConvNormAct(3, 3), Residual(), nn.Sequential(Parted())))
+    chains = _chains(fused)
+    assert len(chains) == 3
+    for model in (fused, original):
+        model[0][1] = model[1].bn = model[2][0].first = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fl.FusionWarning)
+            for part, arguments in ((model[0], 1), (model[1], 2), (model[2], 1)):
+                with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+                    part(*[_image()] * arguments)
+    assert _chains(fused) == chains
+    assert "first is gone" in str(fl.fusion_report(fused))
+
+
+class Parted(nn.Module):
+    """The norm in one submodule, the activation in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x))
+        return y
 
 
 class _Calls:
@@ -952,6 +1236,35 @@ def test_residuals_that_are_not_fused(residual: Any, reason: str) -> None:
     torch.testing.assert_close(found, original(_image(), residual))
     ((fallback,),) = [chain.fallbacks for chain in fl.fusion_report(fused).fell_back]
     assert reason in fallback
+
+
+def test_residual_on_another_device() -> None:
+    """The error is torch's."""
+    fused, original = _twins(Residual)
+    with pytest.raises(RuntimeError) as expected:
+        original(_image(), _image().to("meta"))
+    with (
+        pytest.warns(fl.FusionWarning, match="the residual is on meta, the input on cpu"),
+        pytest.raises(RuntimeError) as raised,
+    ):
+        fused(_image(), _image().to("meta"))
+    assert str(raised.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda m, z, y: z.add(y).relu(),
+        lambda m, z, y: y.add(z).sigmoid(),
+        lambda m, z, y: F.elu(torch.add(y, other=z), alpha=0.7),
+        lambda m, z, y: F.dropout2d(z.add_(y).tanh_(), 0.4, m.training),
+    ],
+)
+def test_functions_and_methods_run_unfused(behind: Callable[[Any, Tensor, Tensor], Any]) -> None:
+    fused, original = _twins(lambda: Chain(behind))
+    assert len(_chains(fused)) == 1
+    with pytest.warns(fl.FusionWarning, match="it is broadcast"):
+        _assert_same(fused, original, _image(), _image(1, 3, 1, 1))
 
 
 def test_what_the_garbage_collector_calls_is_not_the_forwards() -> None:
@@ -1232,8 +1545,22 @@ class _OwnCall(Switched):
         return super().__call__(*args) + 1
 
 
+class _OwnPickle(Switched):
+    def __reduce__(self) -> Any:
+        return _OwnPickle, ()
+
+
+class _OwnPickleOfAProtocol(Switched):
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _OwnPickleOfAProtocol, ()
+
+
 @pytest.mark.parametrize(
-    ("cls", "reason"), [(_OwnCopy, "a way of its own to be copied"), (_OwnCall, "a __call__ of its own")]
+    ("cls", "reason"),
+    [
+        (_OwnCall, "a __call__ of its own"),
+        *((cls, "a way of its own to be copied") for cls in (_OwnCopy, _OwnPickle, _OwnPickleOfAProtocol)),
+    ],
 )
 def test_classes_that_cannot_be_replaced(cls: type[Switched], reason: str) -> None:
     model = fl.fuse(cls())
@@ -1258,6 +1585,15 @@ def test_profilers_are_put_back() -> None:
         fl.fuse(_net())
     assert any("fuse" in str(entry.code) for entry in profile.getstats())
     assert sys.getprofile() is None
+
+
+def test_functions_of_autograd_are_refused_to_one_thread_only() -> None:
+    watch, x = trace._Watch(nn.ReLU()), _image().requires_grad_()
+    with ThreadPoolExecutor(1) as other, trace._no_functions_of_autograd(watch, trace._Here()):
+        with pytest.raises(trace.TraceError, match=r"calls an autograd\.Function"):
+            _Square.apply(x)
+        torch.testing.assert_close(other.submit(_Square.apply, x).result(), x * x)
+    torch.testing.assert_close(_Square.apply(x), x * x)
 
 
 def test_traced_models_are_left_alone_but_not_broken() -> None:
@@ -1340,6 +1676,20 @@ def test_batch_norm_with_its_own_activation(
     bare, original = _twins(lambda: nn.Sequential(_BatchNormAct(nn.Identity(), nn.Identity()), nn.ReLU()))
     assert _chains(bare) == ["0 → 1"]
     _assert_same(bare, original, _image())
+    for members in ((nn.PReLU(), drop), (act, nn.AlphaDropout(0.5))):
+        unknown, original = _twins(partial(_BatchNormAct, *members))
+        assert not _chains(unknown)
+        assert "has an activation, dropout or max-pool of its own" in _reasons(unknown)
+        _assert_same(unknown, original, _image())
+
+
+def test_batch_norm_with_its_own_activation_runs_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"{_BatchNormAct.__module__}.{_BatchNormAct.__qualname__}"
+    for known in (fl.fusion.table.KNOWN_BLOCKS, fl.fusion.table.NORMS_BY_NAME):
+        monkeypatch.setitem(known, name, known["timm.layers.norm_act.BatchNormAct2d"])
+    fused, original = _twins(lambda: nn.Sequential(_BatchNormAct(nn.SiLU(), nn.Identity())))
+    with pytest.warns(fl.FusionWarning, match="the input is a _Subclass"):
+        torch.testing.assert_close(fused(_image().as_subclass(_Subclass)), original(_image().as_subclass(_Subclass)))
 
 
 # example_inputs
@@ -1364,13 +1714,37 @@ def test_example_inputs_tell_what_will_run_unfused() -> None:
     assert "broadcast" in fl.fusion_report(model).fused[0].fallbacks[0]
 
 
-def test_example_inputs_find_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fl.fusion.chain, "fused_batch_norm", lambda norm, x, *_, drops, pool: x)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x: x, "output 0 of the fused model is not the original's: they differ by"),
+        (lambda x: (x, x), "the fused model returns 2 tensors, the original 1"),
+        (lambda x: x[:1], r"torch.float32 \(1, 3, 4, 4\) instead of torch.float32 \(2, 3, 4, 4\)"),
+        (lambda x: x.double(), r"torch.float64 \(2, 3, 4, 4\) instead of torch.float32 \(2, 3, 4, 4\)"),
+    ],
+    ids=["values", "number", "shape", "dtype"],
+)
+def test_example_inputs_find_a_wrong_result(
+    wrong: Callable[[Tensor], Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fl.fusion.chain, "fused_batch_norm", lambda norm, x, *_, drops, pool: wrong(x))
     model = Residual()
-    with pytest.raises(RuntimeError, match="output 0 of the fused model is not the original's: they differ by"):
+    with pytest.raises(RuntimeError, match=message):
         fl.fuse(model, (torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)))
     assert type(model) is Residual
     assert not fl.fusion_report(model).fused
+
+
+def test_example_inputs_compare_what_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly; nothing at all where there are no elements."""
+    inputs = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    behind = [lambda m, z, y: F.relu(z) > 0.5, lambda m, z, y: F.relu(z)[:0]]
+    models = [fl.fuse(Chain(function), inputs) for function in behind]
+    assert [_chains(model) for model in models] == [["bn → relu"]] * 2
+    monkeypatch.setattr(fl.fusion.chain, "fused_batch_norm", lambda norm, x, *_, drops, pool: x - 1)
+    fl.fuse(Chain(behind[1]), inputs)
+    with pytest.raises(RuntimeError, match="output 0 of the fused model is not the original's: other values"):
+        fl.fuse(Chain(behind[0]), inputs)
 
 
 @pytest.mark.parametrize(

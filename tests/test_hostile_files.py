@@ -133,6 +133,10 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[bytes, Path], bytes], str]] = {
     "payload": (lambda good, ran: _saved({"state_dict": Payload(ran)}), "mkdir"),
     "payload among tensors": (lambda good, ran: _with_data_pickle(good, pickle.dumps(Payload(ran), 2)), "mkdir"),
     "huge number of bytes": (lambda good, ran: _with_data_pickle(good, _HUGE), ""),
+    "pickle that nobody can read": (
+        lambda good, ran: _with_data_pickle(good, b"\xff"),
+        r"UnpicklingError: it holds more than tensors and plain values\)",
+    ),
     "no dictionary": (lambda good, ran: _saved([1, 2]), "expected a dictionary, found list"),
     "of tensors alone": (lambda good, ran: _saved({"weight": torch.zeros(3)}), "lacks fastlayers_job, epoch"),
     "without epochs": (lambda good, ran: _changed(good, history=None), "lacks history"),
@@ -183,6 +187,12 @@ def test_good_checkpoint_is_read(tmp_path: Path, good_checkpoint: bytes) -> None
     assert (found["epoch"], len(found["history"])) == (1, 2)
     with pytest.raises(ValueError, match="weights_only: got False"):
         RunCheckpoints(small(), tmp_path).load_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+
+
+def test_options_of_storage_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"storage_options: got \{\}, expected None"):
+        RunCheckpoints(small(), tmp_path).save_checkpoint({}, tmp_path / "last.ckpt", storage_options={})
+    assert not list(tmp_path.iterdir())
 
 
 def test_oversized_checkpoint_is_not_read(tmp_path: Path, good_checkpoint: bytes) -> None:
@@ -311,6 +321,14 @@ def test_failures_of_any_bytes(content: bytes, tmp_path: Path) -> None:
     assert all(len(line) <= 70_000 for line in found.values())
     if content.endswith(b"last"):
         assert found == {str(small().folder): "ValueError: last"}
+
+
+def test_failure_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    path = store.folder(small()) / "failure.txt"
+    path.mkdir(parents=True)
+    with pytest.raises(ResultError, match=f"{path} cannot be read: .*Is a directory"):
+        store.failures()
 
 
 def test_page_shows_what_files_say_as_text(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import fastlayers as fl
@@ -618,3 +619,51 @@ def test_parameters_with_gaps_in_memory() -> None:
     for seed in range(2):
         torch.testing.assert_close(ours(_input(2, seed=seed)), theirs(_input(2, seed=seed)))
     _assert_same_state(ours, theirs)
+
+
+class _Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def _parametrised(layer: nn.Module) -> None:
+    parametrize.register_parametrization(layer, "weight", _Doubled())
+    parametrize.register_parametrization(layer, "bias", _Doubled())
+
+
+def _plain_tensors(layer: Any) -> None:
+    """In place of buffers, which then no longer are in the state."""
+    for name in ("running_mean", "running_var"):
+        value = getattr(layer, name)
+        delattr(layer, name)
+        setattr(layer, name, value.clone())
+
+
+def _plain_weight(layer: Any) -> None:
+    """As weight normalisation of old, and code that computes weights, leave it."""
+    value = layer.weight
+    del layer.weight
+    layer.raw = value
+    layer.weight = 3 * value
+
+
+@pytest.mark.parametrize(
+    ("change", "track"),
+    [(_parametrised, True), (_parametrised, False), (_plain_tensors, True), (_plain_weight, True)],
+)
+def test_parameters_and_buffers_of_other_kinds(change: Callable[[nn.Module], None], track: bool) -> None:
+    ours, theirs = _twins(2, track_running_stats=track)
+    for layer in (ours, theirs):
+        change(layer)
+    layers: tuple[Any, Any] = ours, theirs
+    for step, training in enumerate((True, True, False)):
+        results: list[list[Tensor]] = []
+        for layer in layers:
+            x = _input(2, seed=step).requires_grad_()
+            y = layer.train(training)(x)
+            leaves = [x, *layer.parameters()]
+            gradients = torch.autograd.grad(y.pow(3).sum(), leaves, retain_graph=True)
+            statistics = [layer.running_mean.clone(), layer.running_var.clone()] if track else []
+            results.append([y, *gradients, *statistics])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+        _assert_same_state(ours, theirs)

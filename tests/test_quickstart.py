@@ -18,7 +18,7 @@ from torch import nn
 
 import fastlayers as fl
 from fastlayers import data
-from fastlayers.cli import main
+from fastlayers.cli import COMMANDS, main, needs_extra
 from fastlayers.experiments import between, models, quickstart
 from fastlayers.experiments.agreement import FLOOR, Agreement, move_by_one_ulp
 from fastlayers.experiments.memory import bytes_saved_for_backward
@@ -230,6 +230,30 @@ def test_command_says_what_is_wrong_with_its_input(tmp_path: Path, monkeypatch: 
         result = invoke(["quickstart", *arguments, "--out", str(tmp_path)])
         assert result.exit_code != 0
         assert message in " ".join(result.output.split())
+
+
+def test_command_takes_as_many_threads_as_it_is_told(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (3, 2):
+            invoke(["quickstart", "--threads", str(threads), "--batch-size", "5000", "--out", str(tmp_path)])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_commands_are_listed_and_others_named() -> None:
+    said = invoke(["--help"])
+    assert said.exit_code == 0
+    assert all(f"\n  {name} " in said.output for name in COMMANDS)
+    said = invoke(["study2"])
+    assert said.exit_code == 2
+    assert "No such command 'study2'" in said.output
+
+
+def test_a_missing_module_of_our_own_is_no_missing_extra() -> None:
+    with pytest.raises(ModuleNotFoundError, match="nothing"), needs_extra("experiments"):
+        raise ModuleNotFoundError("nothing there", name="fastlayers.nothing")
 
 
 def test_command_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastlayers as fl
 from tests.cases import ACTIVATIONS, SEED, Case, Sample, make_sample
@@ -75,3 +76,64 @@ def test_public_reference_draws_the_mask(
     results, expected = run(public, sample.fresh()), run(exact, sample.fresh())
     for name, got in results.items():
         assert torch.equal(got, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"training": True},
+        {"training": True, "drop_p": 0.3, "drop_mode": "channel"},
+        {"training": True, "drop_p": 0.3, "drop_mode": "element", "pool": nn.MaxPool2d(2)},
+        {"training": True, "stochastic": False, "drop_p": 0.3},
+        {"training": False, "stochastic": True, "drop_p": 0.3},
+        {"training": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("residual", [False, True])
+def test_random_slopes_are_those_of_the_layers(options: dict[str, Any], residual: bool, device: torch.device) -> None:
+    """Drawn where something is drawn, before the mask."""
+    generator = torch.Generator().manual_seed(SEED)
+    x, other = (torch.randn(4, 3, 6, 5, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
+    results = []
+    for functions in (fl.reference, fl.functional):
+        mean, var = (value * torch.ones(3, dtype=torch.float64, device=device) for value in (0.2, 1.5))
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(SEED)
+        y = functions.batch_norm_act(leaf, mean, var, act="rrelu", residual=other if residual else None, **options)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaf), mean, var, torch.rand(1)))
+    torch.testing.assert_close(*results, rtol=RTOL, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("dropout", (4, 3, 5)),
+        ("dropout1d", (4, 3, 5)),
+        ("dropout1d", (3, 5)),
+        ("dropout2d", (4, 3, 5, 2)),
+        ("dropout3d", (4, 3, 5, 2, 2)),
+        ("dropout3d", (3, 5, 2, 2)),
+    ],
+)
+@pytest.mark.parametrize("given", [(), (0.3,), (0.3, False), (0.3, True, True), (1.0,), (0.0,)], ids=str)
+def test_dropouts_are_those_of_the_functions(
+    name: str, shape: tuple[int, ...], given: tuple[Any, ...], device: torch.device
+) -> None:
+    results = []
+    for functions in (fl.reference, fl.functional):
+        x = torch.ones(shape, device=device)
+        torch.manual_seed(SEED)
+        y = getattr(functions, name)(x, *given)
+        results.append((y, x, torch.rand(1)))  # the input, too: in place or not
+    assert all(map(torch.equal, *results))
+
+
+def test_batch_norm_is_that_of_the_function(device: torch.device) -> None:
+    x = torch.randn(4, 3, 5, 2, dtype=torch.float64, device=device)
+    results = []
+    for functions in (fl.reference, fl.functional):
+        mean, var, weight, bias = (value * torch.ones(3, dtype=torch.float64, device=device) for value in (0, 1, 2, 3))
+        y = functions.batch_norm(x, mean, var, weight, bias, True, 0.3, 1e-2)
+        results.append((y, mean, var))
+    torch.testing.assert_close(*results, rtol=RTOL, atol=1e-9)

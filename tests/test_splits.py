@@ -47,6 +47,13 @@ def test_batch_holds_images_and_labels_of_the_same_index() -> None:
         assert torch.equal(images[:, 0, 0, 0].long(), labels)
 
 
+def test_one_image_is_indexed_with_its_label() -> None:
+    image, label = numbered(50)[7]
+    assert (image.shape, label.shape) == ((3, 2, 2), ())
+    assert (image == 7).all()
+    assert label == 7
+
+
 def test_batch_is_indexed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Split, "__getitem__", lambda *_: pytest.fail("asked for a single image"))
     assert flat(labels_of(loader(numbered(10), 4, shuffle=False, seed=0))) == list(range(10))

@@ -5,19 +5,21 @@ import io
 import math
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from rich.console import Console
 
 from fastlayers.studies import config, report
 from fastlayers.studies.config import PlotName, Run
-from fastlayers.studies.report import figures, formulas, tables
-from fastlayers.studies.report.findings import Finding, collect
+from fastlayers.studies.report import comparisons, curves, figures, formulas, landscape, style, tables
+from fastlayers.studies.report.findings import Finding, Sample, collect
 from fastlayers.studies.report.tables import Table
 from fastlayers.studies.results import (
     FAILURE_FILE,
@@ -384,3 +386,75 @@ def test_every_study_has_what_its_plots_need() -> None:
             assert all(run.training.record_landscape for run in each.runs)
         if "focal" not in each.plots:
             assert "curves" in each.plots
+
+
+def test_nothing_is_drawn_of_runs_that_are_not_there(tmp_path: Path) -> None:
+    store, of_runs = Store(tmp_path), figures.KINDS.keys() - {"focal", "activation_slopes"}
+    found = [each for _, findings in collect(tmp_path).reports for each in findings]
+    drawn = [(name, figures.KINDS[name].draw(each, store)) for each in found for name in each.study.plots]
+    assert {name for name, figure in drawn if figure is None} == of_runs
+
+
+def test_seconds_of_runs_without_a_setting_are_bars(out: Path) -> None:
+    drawn = comparisons.draw_seconds(finding_of(out, "A2"))
+    assert drawn is not None
+    (axes,) = drawn.axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels[0] == "CNN, full"
+    assert "MLP, no BatchNorm (not run)" in labels
+    widths = sorted(bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle))
+    assert widths == [2.0, 2.0, 2.0, 3.0], "of three runs, and of one with torch's layers"
+
+
+@pytest.mark.parametrize(("seconds", "scale"), [((1.0, 3.0), "linear"), ((1.0, 90.0), "log")])
+def test_seconds_that_span_decades(seconds: tuple[float, float], scale: str, tmp_path: Path) -> None:
+    for run, taken in zip(config.study("E9").runs[:2], seconds, strict=True):
+        Store(tmp_path).write(fake(run, validates=False, seconds=taken))
+    drawn = comparisons.draw_seconds(finding_of(tmp_path, "E9"))
+    assert drawn is not None
+    (axes,) = drawn.axes
+    assert axes.get_yscale() == scale
+    assert (axes.get_ylim()[0] == 0) == (scale == "linear")
+
+
+def test_samples_without_a_finite_value() -> None:
+    lost = Sample((), 2)
+    assert tables.spread(lost) == "not finite"
+    bars = [comparisons._Bars(name, "red", samples) for name, samples in (("a", (None,)), ("b", (lost,)))]
+    assert comparisons._draw_bars("", "", ["run"], bars, "{}") is None
+
+
+@pytest.mark.parametrize(("diverges_in", "place"), [(1, (1, 0.97)), (3, (2, 1.0))])
+def test_divergence_is_marked(diverges_in: int, place: tuple[int, float], tmp_path: Path) -> None:
+    """At the last finite value; where there is none, at the upper end of the panel."""
+    Store(tmp_path).write(fake(FULL, diverges_in=diverges_in))
+    drawn = curves.draw_curves(finding_of(tmp_path, "A2"))
+    assert drawn is not None
+    panel = drawn.axes[0]
+    crosses = [line for line in panel.lines if line.get_marker() == "x"]
+    assert np.asarray(crosses[0].get_xydata()).tolist() == [list(place)]
+    assert (crosses[0].get_transform() == panel.transData) == (diverges_in == 3)
+
+
+@pytest.mark.parametrize(
+    ("tops", "top"), [((), None), (((1.0,) * 100), None), (((1.0,) * 99 + (500.0,)), 1.1)], ids=["none", "even", "cut"]
+)
+def test_largest_values_are_cut_off_and_told(tops: tuple[float, ...], top: float | None) -> None:
+    axes = style.figure(3, 3, "").subplots()
+    if tops:
+        axes.fill_between(range(len(tops)), 0.9, tops)
+    before = axes.get_ylim()
+    landscape._cut(axes)
+    if top is None:
+        assert (axes.get_ylim(), len(axes.texts)) == (before, 0)
+    else:
+        assert axes.get_ylim() == pytest.approx((0, top))
+        assert [text.get_text() for text in axes.texts] == ["cut; the largest is 500"]
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 30])
+def test_every_run_has_a_colour_of_its_own(count: int) -> None:
+    variants = [SimpleNamespace(label=f"run {number}", run=SimpleNamespace(x=None)) for number in range(count)]
+    found = style.colours(SimpleNamespace(variants=variants))  # type: ignore[arg-type]  # all that it looks at
+    assert list(found) == [variant.label for variant in variants]
+    assert len(set(found.values())) == count

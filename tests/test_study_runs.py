@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 
 from fastlayers import data, models
@@ -25,6 +27,7 @@ from fastlayers.studies.classifier import Classifier
 from fastlayers.studies.landscape import look_around
 from fastlayers.studies.results import FAILURE_FILE, LANDSCAPE_FILE, Store, read_result
 from fastlayers.studies.results import Result as Finished
+from fastlayers.writing import write_whole
 from tests.small_runs import curve, job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -325,3 +328,93 @@ def test_result_that_is_none_is_named(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     assert study(tmp_path / "out", "B1", "--epochs", "1").exit_code == 1
+
+
+class _Ray:
+    """A cluster with a GPU, on which the third of its tasks dies."""
+
+    class RayError(Exception):
+        pass
+
+    def __init__(self) -> None:
+        self.exceptions, self.taken, self.tasks, self.is_up = self, dict[str, Any](), list[Any](), False
+
+    def init(self, *address: Any, **options: Any) -> None:
+        self.is_up = True
+
+    def shutdown(self) -> None:
+        self.is_up = False
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 4.0, "GPU": 2.0}
+
+    def remote(self, **resources: Any) -> Any:
+        self.taken = resources
+        return lambda function: SimpleNamespace(remote=self._start)
+
+    def _start(self, *given: Any) -> int:
+        self.tasks.append(given)
+        return len(self.tasks)
+
+    def wait(self, numbers: list[int]) -> tuple[list[int], list[int]]:
+        return numbers[-1:], numbers[:-1]
+
+    def get(self, number: int) -> sweep.Finished:
+        if number == 3:
+            raise self.RayError("much is told\nthe worker died")
+        return sweep.Finished(self.tasks[number - 1][0], "done")
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cpu", {}), ("cuda", {"num_gpus": 2})])
+def test_what_becomes_of_runs_on_a_cluster(
+    device: Any, gpus: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = _Ray()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    jobs = [job(epochs=epochs) for epochs in (1, 2, 3, 4)]
+    monkeypatch.setattr(Store, "is_finished", lambda store, which: which == jobs[1])
+    machine = runner.Machine(out=tmp_path, device=device, devices=2, threads=3)
+    found = list(sweep.by_ray(jobs, machine, None))
+    assert [(jobs.index(each.job), each.outcome, each.reason) for each in found] == [
+        (1, "done before", ""),
+        (3, "failed", "the worker died"),
+        (2, "done", ""),
+        (0, "done", ""),
+    ]
+    assert ray.taken == {"num_cpus": 3, **gpus}
+    assert all(not given.progress for _, given in ray.tasks)
+    assert not ray.is_up
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_processes_that_fail(told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what they left, or else their exit status."""
+    wanted = job(batch_size=50)
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        if told:
+            write_whole(Store(tmp_path).folder(wanted) / FAILURE_FILE, "Traceback\nValueError: too hot")
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    machine = runner.Machine(out=tmp_path, device="cpu", devices=2, progress=False)
+    (finished,) = sweep.in_turn([wanted], machine, lambda _: None)
+    assert finished.outcome == "failed"
+    assert finished.reason == f"ResultError: {'ValueError: too hot' if told else 'exit status 7'}"
+
+
+@pytest.mark.parametrize(("interrupted", "raised"), [(True, KeyboardInterrupt), (False, SystemExit)])
+def test_exit_that_is_no_interrupt_stays_one(interrupted: bool, raised: type[BaseException]) -> None:
+    trainer: Any = SimpleNamespace(interrupted=interrupted)
+    with pytest.raises(raised), runner._Interruptible().during(trainer):
+        raise SystemExit(3)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_bar_names_no_version(progress: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callbacks = runner._callbacks(job().training, runner.Machine(out=tmp_path, progress=progress), tmp_path)
+    bars = [callback for callback in callbacks if isinstance(callback, TQDMProgressBar)]
+    assert len(bars) == progress
+    monkeypatch.setattr(TQDMProgressBar, "get_metrics", lambda *_: {"v_num": 3, "loss": 0.5})
+    trainer: Any = None
+    assert [bar.get_metrics(trainer, trainer) for bar in bars] == [{"loss": 0.5}] * progress

@@ -195,6 +195,21 @@ def test_triton_no_values(shape: tuple[int, ...], training: bool, drop_mode: str
         torch.testing.assert_close(got, eager_results[name], rtol=0, atol=0, msg=name)
 
 
+def test_triton_dropout_and_masks_of_no_values(device: torch.device) -> None:
+    """No kernel is launched, and shapes are kept."""
+    x = torch.empty(2, 3, 0, 4, device=device)
+    for mask in (torch.ones(2, 3, device=device), torch.zeros(1, dtype=torch.int64, device=device)):
+        assert ops.dropout(x, mask, 2.0).shape == x.shape
+    unpacked = ops.unpack_mask(torch.empty(0, dtype=torch.uint8, device=device), x, False)
+    assert (unpacked.shape, unpacked.dtype) == (x.shape, torch.bool)
+
+
+@pytest.mark.parametrize("act", ["softplus", "tanh", "mish"])
+def test_triton_series_are_for_float32_alone(act: str, device: torch.device) -> None:
+    """In float64 they would be far less exact than the functions."""
+    check(Case((4, 2, 4, 8), f64, f64, act=act, residual="contiguous"), device)
+
+
 # Several blocks of channels, and several tiles of each.
 _SPLIT = {"contiguous": (5, 2, 3, 32), "channels_last": (5, 20, 3, 2)}
 
@@ -382,6 +397,15 @@ def test_triton_operators_say_what_is_wrong(device: torch.device) -> None:
         ops.batch_norm_act_fwd(x, *(None,) * 7, False, *rest[1:])
     with pytest.raises(RuntimeError, match="flat should be False"):
         ops.unpack_mask(torch.zeros(12, dtype=torch.uint8, device=device), x, True)
+    statistics = torch.ones(2, 3, device=device)
+    for bits in (5, 7):  # 48 elements have 6 bytes
+        saved = torch.zeros(bits, dtype=torch.uint8, device=device)
+        with pytest.raises(RuntimeError, match="flat_bits should be what batch_norm_act_fwd returned"):
+            ops.batch_norm_act_bwd(
+                x, x, None, None, None, saved, None, *statistics, True, 1, [0.0] * 3, 2.0, *(True,) * 3
+            )
+    with pytest.raises(ValueError, match=r"x: strides \(12, 4, 2, 3\) of shape \(4, 3, 2, 2\) are not regular"):
+        plans.frame_of(x.shape, f32, False, {"y": x.stride(), "x": (12, 4, 2, 3)})
 
 
 def test_triton_batch_sizes_share_kernels() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import stat
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,28 @@ def test_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
         write_whole(tmp_path / "file" / "below", "x")
     with pytest.raises(OSError, match=str(tmp_path)):
         write_whole(tmp_path, "x")
+
+
+@pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_folder_that_cannot_be_synchronised(
+    number: int, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems have no such thing; a broken disk is an error. No descriptor is left open."""
+    fsync, folders = os.fsync, list[int]()
+
+    def fail_for_folders(descriptor: int) -> None:
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            return fsync(descriptor)
+        folders.append(descriptor)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
+    with pytest.raises(OSError, match=os.strerror(number)) if fails else nullcontext():
+        write_whole(tmp_path / "file", "content")
+    assert (tmp_path / "file").read_text() == "content"
+    (descriptor,) = folders
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        os.fstat(descriptor)
 
 
 def test_many_writers_and_a_reader(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import tarfile
 import tempfile
 import zlib
@@ -39,14 +38,11 @@ def unpack(archive: Path, prefix: str, folder: Path, files: Mapping[str, FileChe
         raise DataError(f"{archive}: could not be unpacked into {folder}: {error}") from error
 
 
-class _Limited(io.RawIOBase):
-    """A stream that ends with DataError where it is longer than it may be, so that nobody waits for a bomb."""
+class _Limited:
+    """Reads a stream, and ends with DataError where it is longer than it may be, so that nobody waits for a bomb."""
 
     def __init__(self, stream: gzip.GzipFile, most: int, archive: Path) -> None:
         self.stream, self.left, self.most, self.archive = stream, most, most, archive
-
-    def readable(self) -> bool:
-        return True
 
     def read(self, size: int = -1) -> bytes:
         content = self.stream.read(self.left + 1 if size < 0 else min(size, self.left + 1))

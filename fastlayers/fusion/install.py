@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from fastlayers.fusion.chain import Chain, warn
@@ -91,7 +90,7 @@ class Variant:
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
         """The values of `inputs` in a call; None where the call is none for this variant."""
         names = tuple(self.inputs)
-        if not kwargs and names == self.positional[: len(args)]:
+        if not kwargs and len(names) == len(args) and names == self.positional[: len(args)]:
             values = list(args)
         else:
             given = dict(zip(self.positional, args, strict=False)) | kwargs
@@ -164,8 +163,6 @@ class Fusion:
 def problem_of_class(module: nn.Module) -> str | None:
     """Why a module's forward cannot be replaced; None if it can."""
     cls = type(module)
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is compiled by torch.jit"
     if isinstance(module, fx.GraphModule):
         return "it is a torch.fx.GraphModule: fuse the model before it is traced"
     if "forward" in module.__dict__:

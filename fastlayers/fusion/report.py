@@ -95,9 +95,10 @@ def fusion_report(model: nn.Module) -> FusionReport:
         covered: set[int] = set()
         for chain in fusion.chains:
             norm = _submodule(module, chain.norm)
-            if id(norm) in seen:
-                continue
-            covered.add(id(norm))
+            if norm is not None:
+                if id(norm) in seen:
+                    continue
+                covered.add(id(norm))
             fallbacks = (*fusion.fallbacks, *chain.fallbacks)
             where = ".".join(filter(None, (path, chain.norm)))
             fused.append(FusedChain(path, where, str(chain), fallbacks, chain.ends))
