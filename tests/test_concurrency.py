@@ -321,10 +321,11 @@ _METHODS = ("__call__", "__getattr__", "__getattribute__", "__setattr__", "__del
 @pytest.fixture
 def _modules_unchanged() -> Iterator[None]:
     before = {name: nn.Module.__dict__.get(name) for name in _METHODS}
-    tracing = torch.fx._symbolic_trace._is_fx_tracing_flag
+    # From torch 2.15 on each thread has a flag of its own.
+    tracing = getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", None)
     yield
     assert {name: nn.Module.__dict__.get(name) for name in _METHODS} == before
-    assert torch.fx._symbolic_trace._is_fx_tracing_flag is tracing
+    assert getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", None) is tracing
 
 
 @pytest.mark.filterwarnings("error")

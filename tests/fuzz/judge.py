@@ -228,7 +228,7 @@ class Rounding:
         # Near a kink either slope is right.
         of_g = of_g + torch.where(self.near_kink, 2 * self.steepest * dout, 0)
         normal = self.deviation * self.invstd
-        of_weight = (of_g * normal + g * (unit * normal + tiny * self.invstd)).sum(self.dims)
+        of_weight = (of_g * normal + g * unit * normal + (g + 1) * tiny * self.invstd).sum(self.dims)
         of_input = of_g
         if p.training:
             of_input = (
@@ -409,14 +409,15 @@ def _unknown(rounding: Rounding) -> Tensor:
     On GPUs those whose squares overflow, as in torch's kernels there.
 
     In float64, those whose deviations the exact results, too, have lost to the rounding of the mean: a constant channel
-    is as wide. And those with a scale that overflows where a deviation is zero: torch makes zero or NaN of that, by
-    the order in which it multiplies.
+    is as wide. And those with a scale that overflows where a deviation is zero, which torch makes zero or NaN of by the
+    order in which it multiplies, or a slope that does where a gradient is small.
     """
     p, scale = rounding.problem, rounding.scale.flatten()
-    found = scale.isfinite() & (scale >= _largest_computed(p) / 4)
+    largest = _largest_computed(p)
+    found = scale.isfinite() & (scale >= largest / 4) | _any(rounding.slope.abs() >= largest / 4)
     if rounding.gpu and p.dtype != torch.float64 and p.training:
         spread = rounding.deviation.flatten() + ROUNDINGS * rounding.unit * rounding.mean.abs()
-        found |= spread**2 >= _largest_computed(p) / 64
+        found |= spread**2 >= largest / 64
     if p.dtype == torch.float64 and p.training:
         lost = ROUNDINGS_FLOAT64 * rounding.unit * rounding.mean.abs()
         found |= rounding.var + p.eps <= lost * lost
