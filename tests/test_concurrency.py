@@ -328,6 +328,7 @@ def _modules_unchanged() -> Iterator[None]:
     assert getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", None) is tracing
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 @pytest.mark.filterwarnings("error")
 @pytest.mark.usefixtures("_modules_unchanged")
 @pytest.mark.parametrize("how", ["eager", "fused", "compiled", "training"])
