@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import pickle
@@ -71,9 +72,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"eps": 1e-3},
     {"momentum": None},
     {"affine": False},
-    {"bias": False},
     {"track_running_stats": False},
     {"dtype": torch.float64},
+    # torch 2.11 has no such argument.
+    *([{"bias": False}] if "bias" in inspect.signature(nn.BatchNorm1d).parameters else []),
 ]
 
 
