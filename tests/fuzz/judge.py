@@ -316,7 +316,7 @@ class Judge:
             if name in expected
         }
         self.expected, self.theirs, self.sizes = (as_one(r, self.tensors) for r in (expected, theirs, rounding.sizes()))
-        self.undefined = _undefined_gradients(rounding)
+        self.undefined = undefined_gradients(rounding)
         self.overflows, self.unknown = _overflows(rounding), _unknown(rounding)
 
     def compare(self, got: Results) -> None:
@@ -432,7 +432,7 @@ _UNDEFINED_AT_INFINITY = ("Mish", "GELU")
 _CUBES_OVERFLOW = 1e12
 
 
-def _undefined_gradients(rounding: Rounding) -> Tensor:
+def undefined_gradients(rounding: Rounding) -> Tensor:
     """Which channels have a gradient that depends on such slopes, or on a scale that overflows (C,).
 
     Behind a kernel's pool also on which of several values that overflowed is the largest: it has another slope.
