@@ -26,7 +26,7 @@ if _PROBLEM is not None and not torch.cuda.is_available():
     pytest.skip("TRITON_INTERPRET=1 has to be set from the start: test_triton.py does", allow_module_level=True)
 
 from fastlayers.triton import calls, launches, layouts, plans  # noqa: E402  (Triton may not be there)
-from fastlayers.triton.calls import batch_norm_act_pool, copies  # noqa: E402
+from fastlayers.triton.calls import batch_norm_act_pool, copies  # noqa: E402  (Triton may not be there)
 
 #: How channels are shared among programs: by tables of (elements of a tile, of a whole channel, programs wanted).
 WAYS = {"whole": (1024, 8192, 1), "one part": (128, 0, 1), "parts": (128, 0, 1000)}

@@ -27,12 +27,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 # Below the skips, for Triton may not be there.
-from fastlayers_benchmarks.launches import H200, NoGpu  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
+from fastlayers_benchmarks.launches import H200, NoGpu  # noqa: E402  (Triton may not be there)
+from triton.backends.compiler import GPUTarget  # noqa: E402  (Triton may not be there)
+from triton.runtime import driver  # noqa: E402  (Triton may not be there)
 
 from fastlayers.triton import calls, dropout, forward, launches, plans  # noqa: E402  (Triton may not be there)
-from fastlayers.triton.calls import batch_norm_act_pool, copies  # noqa: E402
+from fastlayers.triton.calls import batch_norm_act_pool, copies  # noqa: E402  (Triton may not be there)
 
 f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
